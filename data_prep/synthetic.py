@@ -1,0 +1,259 @@
+"""Four small tasks of templated text, for runs without outside data, and the text to pretrain a tiny model on.
+
+`ensure_folder` makes a CL_Benchmark folder (the form that `data_prep.tasks` reads) with four families of one
+task each; `pretraining_texts` yields text of the same vocabulary and templates whose answers are never a label
+of these tasks. Sentences fall into two halves by a checksum of their bytes: the tasks take one half,
+pretraining the other, so that no row, with whatever label, was ever seen before.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from data_prep.errors import UserError
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+ROWS = {"train": 480, "dev": 96, "test": 144}  # each divides by 3 and 4: every label equally often
+SEED = 20240
+
+_NAMES = "Anna Ben Clara David Emma Felix Greta Hugo Iris Jonas Karin Leo".split()
+_TIMES = ["in the morning", "before noon", "after lunch", "in the evening", "at night", "on Monday", "on Friday", "last week"]
+_PLACES = "window door table wall bench stairs".split()
+_SUBJECTS = [
+    ("bread soup cheese pepper oven pan stew cake".split(), "baked tasted stirred served".split()),
+    ("anchor sail rope deck mast harbour oar tide".split(), "hauled steered moored sighted".split()),
+    ("rose hedge seed spade lawn pond tulip ivy".split(), "planted watered pruned dug".split()),
+    ("violin drum song choir piano flute waltz harp".split(), "played tuned sang practised".split()),
+]
+_MOODS = [
+    "lovely bright warm splendid kind charming fresh tidy".split(),
+    "dreadful rude broken noisy dirty late sour cold".split(),
+    "plain usual ordinary average common normal regular typical".split(),
+]
+_VISITED = "room meal concert ticket garden train guide bed lamp tour boat shop".split()
+_COUNTS = "two three four five six seven eight nine ten".split()
+_COMPARED = [
+    ["{n} more {t} than", "{n} extra {t} over", "a surplus of {n} {t} over"],
+    ["{n} fewer {t} than", "{n} less {t} than", "a lack of {n} {t} against"],
+    ["as many as {n} {t} like", "the same {n} {t} as", "just those {n} {t} of"],
+]
+_COUNTED = "coins stamps shells cards beads nuts keys buttons".split()
+_KINDS = [
+    "fox horse goat owl mouse cat wolf duck".split(),
+    "hammer saw drill axe wrench chisel file clamp".split(),
+    "plum pear apple lemon fig grape melon cherry".split(),
+    "coat hat scarf glove shirt sock belt boot".split(),
+]
+
+
+def _subject(rng: Random, wanted: int) -> str:
+    nouns, verbs = _SUBJECTS[wanted]
+    other = rng.choice(rng.choice(_SUBJECTS)[0])  # a word that may mislead
+    name, friend = rng.sample(_NAMES, 2)
+    return (
+        f"{name} {rng.choice(verbs)} the {rng.choice(nouns)} {rng.choice(_TIMES)}. "
+        f"{friend} saw the {other} by the {rng.choice(_PLACES)}.\n"
+    )
+
+
+def _mood(rng: Random, wanted: int) -> str:
+    first, second = rng.sample(_MOODS[wanted], 2)
+    thing, another = rng.sample(_VISITED, 2)
+    return f"The {thing} was {first} and the {another} seemed {second} {rng.choice(_TIMES)}.\n"
+
+
+def _amount(rng: Random, wanted: int) -> str:
+    name, friend = rng.sample(_NAMES, 2)
+    compared = rng.choice(_COMPARED[wanted]).format(n=rng.choice(_COUNTS), t=rng.choice(_COUNTED))
+    return f"{name} has {compared} {friend} {rng.choice(_TIMES)}."
+
+
+def _queue(rng: Random, wanted: int) -> str:
+    other = rng.choice([kind for kind in range(len(_KINDS)) if kind != wanted])
+    return (
+        f"{rng.choice(_NAMES)} lists first a {rng.choice(_KINDS[wanted])}, "
+        f"then a {rng.choice(_KINDS[other])} {rng.choice(_TIMES)}."
+    )
+
+
+@dataclass(frozen=True)
+class Question:
+    """One classification task over templated sentences: label `k` answers `draw(rng, k)`."""
+
+    family: str
+    name: str
+    instruction: str  # without the closing "Choose one from the option.\n"
+    labels: tuple[str, ...]
+    draw: Callable[[Random, int], str]
+
+    @property
+    def full_instruction(self) -> str:
+        return f"{self.instruction} Choose one from the option.\n"
+
+    def prompt(self, sentence: str) -> str:
+        """The benchmark's prompt, task and dataset lines included."""
+        return (
+            f"Task:{self.family}\nDataset:{self.name}\n{self.full_instruction}"
+            f"Option: {', '.join(self.labels)} \n{sentence}\nAnswer:"
+        )
+
+
+TASKS = (
+    Question("SUBJECT", "notes", "What is the note about?", ("Food", "Boats and Sea", "Gardens", "Music"), _subject),
+    Question("FEELING", "letters", "How did the writer feel?", ("pleased", "annoyed", "unmoved"), _mood),
+    Question("AMOUNT", "counts", "How much has the person?", ("More", "Fewer", "Equal"), _amount),
+    Question("PLACE", "queues", "Of which kind is the first thing?", ("Animal", "Tool", "Fruit", "Clothing"), _queue),
+)
+
+# Practice: the same readings of a text under other words, so that a pretrained model can tell the classes apart
+# but has never said a label of TASKS.
+PRACTICE = (
+    Question("AREA", "pages", "To which area does the page belong?", ("cookery", "shipping", "plants", "concerts"), _subject),
+    Question("AREA", "shelves", "Which shelf holds this page?", ("red", "blue", "green", "black"), _subject),
+    Question("TONE", "reviews", "What is the tone of the review?", ("good", "bad", "neutral"), _mood),
+    Question("TONE", "marks", "Which mark does the review give?", ("high", "low", "middle"), _mood),
+    Question("NUMBER", "pairs", "Compare the two numbers.", ("greater", "smaller", "same"), _amount),
+    Question("NUMBER", "scales", "To which side does the scale lean?", ("left", "right", "level"), _amount),
+    Question("ITEM", "starts", "What opens the list?", ("beast", "metal", "sweet", "cloth"), _queue),
+    Question("ITEM", "heads", "Which mark has the head of the list?", ("star", "cross", "ring", "arrow"), _queue),
+)
+
+
+@dataclass(frozen=True)
+class PretrainingText:
+    """Plain text (`answer` None: a language-modelling or denoising example) or a practice prompt and its answer."""
+
+    text: str
+    answer: str | None
+
+
+def _draw(question: Question, rng: Random, label: int, *, half: int) -> str:
+    while True:
+        sentence = question.draw(rng, label)
+        if zlib.crc32(sentence.encode()) % 2 == half:
+            return sentence
+
+
+def pretraining_texts(seed: int) -> Iterator[PretrainingText]:
+    """An endless stream, the same for the same seed: seven practice prompts in ten, else plain text.
+
+    Plain text is a sentence, or a prompt of one of TASKS without an answer: its words, labels among them, become
+    known, what they answer does not.
+    """
+    rng = Random(f"pretraining {seed}")
+    while True:
+        question = rng.choice(PRACTICE)
+        label = rng.randrange(len(question.labels))
+        if rng.random() < 0.7:
+            yield PretrainingText(question.prompt(_draw(question, rng, label, half=1)), question.labels[label])
+            continue
+        question = rng.choice(TASKS)
+        label = rng.randrange(len(question.labels))
+        sentence = _draw(question, rng, label, half=1)
+        yield PretrainingText(question.prompt(sentence) if rng.random() < 0.5 else sentence, None)
+
+
+def _rows(question: Question) -> dict[str, list[dict[str, str]]]:
+    """Rows by split, every sentence once over all splits, labels equally often and shuffled."""
+    rng = Random(f"rows {SEED} {question.name}")
+    seen: set[str] = set()
+    rows = {}
+    for split, count in ROWS.items():
+        drawn = []
+        for position in range(count):
+            label = position % len(question.labels)
+            sentence = _draw(question, rng, label, half=0)
+            while sentence in seen:
+                sentence = _draw(question, rng, label, half=0)
+            seen.add(sentence)
+            drawn.append({"label": question.labels[label], "sentence": sentence})
+        rng.shuffle(drawn)
+        rows[split] = drawn
+    return rows
+
+
+@functools.cache
+def folder_files() -> Mapping[str, str]:
+    """Every file of the folder: path inside it -> text."""
+
+    def to_json(value: object) -> str:
+        return json.dumps(value, indent=0, ensure_ascii=False) + "\n"
+
+    files = {}
+    for question in TASKS:
+        place = f"CL_Benchmark/{question.family}/{question.name}"
+        files[f"{place}/labels.json"] = to_json(question.labels)
+        files.update({f"{place}/{split}.json": to_json(rows) for split, rows in _rows(question).items()})
+    files["configs/instruction_config.json"] = to_json(
+        {
+            question.family: [{"instruction_type": "zero-shot", "instruction": question.full_instruction}]
+            for question in TASKS
+        }
+    )
+    return files
+
+
+def ensure_folder() -> Path:
+    """The folder of the four tasks, written on first use.
+
+    Its name holds a hash of its content, so a changed generator writes a new folder and never mixes with an old.
+    """
+    files = folder_files()
+    digest = hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()[:12]
+
+    def write(folder: Path) -> None:
+        for name, text in files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+    return publish(f"synthetic-{digest}", write)
+
+
+def cache_root() -> Path:
+    """Where what this checkout makes for itself is kept: its `.cache`, else a folder of this user's alone."""
+    private = Path(tempfile.gettempdir()) / f"continual-learning-cache-{os.getuid()}"
+    for folder in (CHECKOUT / ".cache", private):
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError:
+            continue
+        # a shared temporary folder may hold one that somebody else laid there under our name
+        if os.access(folder, os.W_OK | os.X_OK) and (folder != private or folder.stat().st_uid == os.getuid()):
+            return folder
+    raise UserError(f"cache: neither {CHECKOUT / '.cache'} nor {private} can be written; make one of them writable")
+
+
+def publish(name: str, write: Callable[[Path], None]) -> Path:
+    """The folder `name` under the cache root; if absent, made whole by `write(temporary folder)` and renamed.
+
+    Two processes may make it at once: each writes its own, the first rename wins and the other is thrown away.
+    """
+    root = cache_root()
+    final = root / name
+    if final.is_dir():
+        return final
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f"{name}.", suffix=".making", dir=root))
+        try:
+            write(temporary)
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+            temporary.replace(final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as fault:
+        if final.is_dir():  # another process was first
+            return final
+        raise UserError(f"cache: {final} could not be written ({fault}); free space or make {root} writable") from fault
+    return final

@@ -1,0 +1,165 @@
+"""A batch of prompts that a model has read once, ready for generation and for scoring options.
+
+Shapes: b rows, s prompt positions, q packed positions, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class PromptState(Protocol):
+    """A batch of prompts that a model has read: its caches, and the logits of the next token."""
+
+    logits: Tensor  # (b, V)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token to every row, `tokens (b,)`; the logits after it, `(b, V)`."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch alone."""
+        ...
+
+    def packed_logits(self, tokens: Tensor, depths: Tensor, visible: Tensor) -> Tensor:
+        """Logits `(b, q, V)` after many short continuations of every prompt at once; changes nothing.
+
+        `tokens (q,)` stand at `depths (q,)` after the prompt (0: the first), and each attends to the prompt
+        and to the packed positions that `visible (q, q)` marks.
+        """
+        ...
+
+
+def _padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts padded on the right, `(b, s)`, and their lengths, `(b,)`."""
+    longest = max(len(prompt) for prompt in prompts)
+    rows = [[*prompt, *[pad_id] * (longest - len(prompt))] for prompt in prompts]
+    lengths = [len(prompt) for prompt in prompts]
+    return torch.tensor(rows, device=device), torch.tensor(lengths, device=device)
+
+
+def _read_mask(lengths: Tensor, longest: int) -> Tensor | None:
+    """1 on prompt tokens and 0 on padding, `(b, s)`; None without padding, so that no mask is applied."""
+    mask = (torch.arange(longest, device=lengths.device) < lengths[:, None]).long()
+    return None if bool(mask.all()) else mask
+
+
+def _blocked(visible: Tensor, *, positions: int) -> Tensor:
+    """Additive float32 mask `(1, 1, q, positions)`: all before the last q, and of these the visible ones."""
+    mask = torch.zeros(len(visible), positions, device=visible.device)
+    mask[:, positions - len(visible) :].masked_fill_(~visible, torch.finfo(mask.dtype).min)
+    return mask[None, None]
+
+
+class T5State:
+    """Prompts read by a T5: the encoder has run once, the cross-attention cache holds its keys and values."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
+        weight = model.get_input_embeddings().weight
+        input_ids, lengths = _padded(prompts, pad_id, weight.device)
+        self.model = model
+        self.mask = _read_mask(lengths, input_ids.shape[1])
+        start = input_ids.new_full((len(prompts), 1), model.config.decoder_start_token_id)
+        read = model(input_ids=input_ids, attention_mask=self.mask, decoder_input_ids=start, use_cache=True)
+        self.encoded, self.cache = read.encoder_last_hidden_state, read.past_key_values
+        self.logits: Tensor = read.logits[:, -1]
+
+    def _decode(self, tokens: Tensor, decoder_mask: Tensor | None = None) -> Tensor:
+        output = self.model(
+            encoder_outputs=(self.encoded,),
+            attention_mask=self.mask,
+            decoder_input_ids=tokens,
+            decoder_attention_mask=decoder_mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """See `PromptState`."""
+        return self._decode(tokens[:, None])[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """See `PromptState`."""
+        self.cache.batch_select_indices(rows)
+        self.mask = None if self.mask is None else self.mask[rows]
+        # With a filled cache the decoder asks the encoder's output for its shape alone: a view will do.
+        self.encoded = self.encoded[: len(rows)]
+
+    def packed_logits(self, tokens: Tensor, depths: Tensor, visible: Tensor) -> Tensor:
+        """See `PromptState`. Position 0 of the decoder, the start token, is in the cache already.
+
+        T5 makes its position bias from places in the sequence, which are wrong for packed tokens. The mask is
+        added to that bias, so it carries the right one minus the wrong one; in float32, since rounded to
+        bfloat16 the two would not cancel.
+        """
+        positions = torch.cat([depths.new_zeros(1), depths + 1])  # (1 + q,), the start token first
+        attention = self.model.decoder.block[0].layer[0].SelfAttention
+        places = len(positions)
+        by_place = attention.compute_bias(places, places).float()  # (1, heads, 1 + q, 1 + q)
+        by_position = by_place[:, :, positions][:, :, :, positions]
+        mask = _blocked(visible, positions=places)
+        mask = torch.where(mask < 0, mask, (by_position - by_place)[:, :, 1:])
+        logits = self._decode(tokens.expand(len(self.encoded), -1), mask)
+        self.cache.crop(-len(tokens))
+        return logits
+
+
+class LlamaState:
+    """Prompts read by a decoder-only model, padded on the right.
+
+    So the prompt needs no mask (no token sees the padding after it); later tokens mask the padding and take
+    their true positions.
+    """
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
+        weight = model.get_input_embeddings().weight
+        input_ids, self.lengths = _padded(prompts, pad_id, weight.device)
+        self.model = model
+        self.mask = _read_mask(self.lengths, input_ids.shape[1])
+        read = model.model(input_ids=input_ids, use_cache=True)
+        self.cache = read.past_key_values
+        last = read.last_hidden_state[torch.arange(len(prompts), device=weight.device), self.lengths - 1]
+        self.logits: Tensor = model.lm_head(last)
+
+    def _decode(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        output = self.model(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """See `PromptState`."""
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        logits = self._decode(tokens[:, None], self.lengths[:, None], self.mask)[:, -1]
+        self.lengths = self.lengths + 1
+        return logits
+
+    def keep(self, rows: Tensor) -> None:
+        """See `PromptState`."""
+        self.cache.batch_select_indices(rows)
+        self.mask = None if self.mask is None else self.mask[rows]
+        self.lengths = self.lengths[rows]
+
+    def packed_logits(self, tokens: Tensor, depths: Tensor, visible: Tensor) -> Tensor:
+        """See `PromptState`."""
+        rows, past = len(self.lengths), self.cache.get_seq_length()
+        mask = _blocked(visible, positions=past + len(tokens)).expand(rows, -1, -1, -1)
+        if self.mask is not None:
+            mask = mask.clone()
+            mask[..., :past].masked_fill_(self.mask[:, None, None] == 0, torch.finfo(mask.dtype).min)
+        # Every attention implementation but float32's wants the mask in the model's own type.
+        mask = mask.to(self.logits.dtype).clamp(min=torch.finfo(self.logits.dtype).min)
+        positions = self.lengths[:, None] + depths
+        logits = self._decode(tokens.expand(rows, -1), positions, mask)
+        self.cache.crop(-len(tokens))
+        return logits

@@ -1,0 +1,122 @@
+"""What a method may use while a task is learnt: the engine's side of `methods.base.TaskContext`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from data_prep.batches import Example, collate
+from pipeline.engine import Ranks, TaskEngine
+from pipeline.models import LabelLoss
+from pipeline.seeds import generator
+
+
+class Context:
+    """One task's context; see `methods.base.TaskContext` for the contract."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        ranks: Ranks,
+        family: str,
+        pad_id: int,
+        targets: Sequence[str],
+        task_index: int,
+        examples: Sequence[Example],
+        micro_batch_size: int,
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.targets = targets
+        self.task_index = task_index
+        self.step = 0
+        self.ranks = ranks
+        self._family = family
+        self._pad_id = pad_id
+        self._examples = examples
+        self._micro_batch_size = micro_batch_size
+        self._seed = seed
+        self._engine: TaskEngine | None = None
+
+    def started(self, engine: TaskEngine) -> None:
+        """From here on the trained tensors live in `engine`."""
+        self._engine = engine
+
+    @property
+    def engine(self) -> TaskEngine:
+        """The task's engine, once training has started."""
+        assert self._engine is not None, "the engine starts after begin_task"
+        return self._engine
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Seeded from (seed, task, purpose)."""
+        return generator(self._seed, "task", self.task_index, purpose)
+
+    def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """A micro-batch of training rows on the device; -1 is a padding row."""
+        examples = [None if row < 0 else self._examples[row] for row in rows]
+        batch = collate(examples, family=self._family, pad_id=self._pad_id)
+        return {name: tensor.to(self.ranks.device) for name, tensor in batch.items()}
+
+    def run_rows(self, rows: Sequence[int], *, backward: bool) -> float:
+        """Rows through the model in evaluation mode, each rank its share; the mean loss per label token.
+
+        The unit is a micro-batch of fixed content, so hooks see the same batches on any number of ranks. Backward
+        is possible before training starts only: later it would enter DeepSpeed's accumulation.
+        """
+        assert not (backward and self._engine), "backward over extra rows belongs before training starts"
+        size = self._micro_batch_size
+        batches = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+        rounds = -(-len(batches) // self.ranks.world)  # ZeRO 3 needs as many forwards on every rank
+        label_tokens = sum(len(self._examples[row].label_ids) for row in rows)
+        run = self._forward(backward)
+        total = torch.zeros(1, dtype=torch.float64)
+        was_training = self.model.training
+        self.model.eval()
+        for turn in range(rounds):
+            index = turn * self.ranks.world + self.ranks.rank
+            batch = batches[index] if index < len(batches) else [-1] * size
+            with torch.set_grad_enabled(backward):
+                loss = run(batch)
+            if backward:
+                (loss / label_tokens).backward()
+            total += loss.item()
+        self.model.train(was_training)
+        return float(self.ranks.all_sum(total)) / label_tokens
+
+    def _forward(self, backward: bool) -> Callable[[Sequence[int]], Tensor]:
+        if self._engine is not None:
+            module = self._engine.module
+        else:
+            module = LabelLoss(self.model, self._family)
+            if backward:
+                # With every weight frozen, only a differentiable input makes autograd reach the layers.
+                module.backbone.enable_input_require_grads()
+        return lambda rows: module(**self.collate(rows))
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks."""
+        return self.ranks.all_sum(tensor)
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor."""
+        return self.ranks.broadcast(tensor)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """The averaged gradient."""
+        return self.engine.gradient(parameter)
+
+    def first_moment(self, parameter: nn.Parameter) -> Tensor:
+        """Adam's first moment."""
+        return self.engine.first_moment(parameter)
+
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """The float32 master copy."""
+        return self.engine.master(parameter)
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set both copies."""
+        self.engine.write(parameter, value)

@@ -1,0 +1,278 @@
+"""DeepSpeed and torch.distributed, and nothing else imports them.
+
+`Ranks` is the group of processes; `TaskEngine` trains one task's tensors under ZeRO 0 to 3 and reads and writes
+them wherever ZeRO keeps them. Traps named here were measured with deepspeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "warning")
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_local_fp32_param,
+)
+from torch import Tensor, nn
+
+from data_prep.errors import UserError
+from pipeline.recipe import Engine, Training
+from pipeline.recipe_source import ROOT
+
+Value = TypeVar("Value")
+
+# Decided by the recipe; in a file under recipes/zero/ they would contradict it silently.
+REFUSED_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16",
+    "fp16",
+    "optimizer",
+    "scheduler",
+)
+
+
+class Ranks:
+    """The processes of this run and what they tell each other. Every method but `first` is collective."""
+
+    def __init__(self, rank: int, world: int, device: torch.device) -> None:
+        self.rank = rank
+        self.world = world
+        self.device = device
+
+    @classmethod
+    def start(cls, *, timeout_minutes: float = 60) -> Ranks:
+        """Join the group named by the launcher's environment; without one, this process is the only rank."""
+        if "RANK" not in os.environ:
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+            os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+        deepspeed_logger.setLevel("WARNING")
+        accelerator = get_accelerator()
+        on_cpu = accelerator.device_name() == "cpu"
+        if on_cpu:
+            # Else starting compiles an op that training does not need; a run killed meanwhile leaves a lock on
+            # which every later run hangs silently.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        else:
+            accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        deepspeed.init_distributed(
+            dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+        device = torch.device("cpu" if on_cpu else accelerator.current_device_name())
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which alone writes and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, on `tensor`'s device."""
+        total = tensor.detach().to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, on every rank; shapes and dtypes must agree."""
+        shared = tensor.detach().to(self.device, copy=True)
+        dist.broadcast(shared, src=0)
+        return shared.to(tensor.device)
+
+    def gather(self, value: Value) -> list[Value]:
+        """Every rank's picklable value, by rank."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_first(self, action: Callable[[], Value]) -> Value:
+        """Run `action` on rank 0 and give its result to all; its `UserError` is raised on all."""
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = action()
+            except UserError as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise UserError(outcome[1])
+        result: Value = outcome[0]
+        return result
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def zero_file(settings: Engine) -> Path:
+    """The DeepSpeed file of a stage and offload: `recipes/zero/stageN.json` or `stageN_<offload>.json`."""
+    suffix = "" if settings.offload == "none" else f"_{settings.offload}"
+    return ROOT / "recipes" / "zero" / f"stage{settings.zero}{suffix}.json"
+
+
+def deepspeed_config(settings: Engine, training: Training, world: int) -> dict[str, Any]:
+    """The complete DeepSpeed configuration: the stage's file and what the recipe decides."""
+    path = zero_file(settings)
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"engine.zero: {path} is missing or no JSON ({error}); restore it") from error
+    if wrong := [key for key in REFUSED_KEYS if key in config]:
+        raise UserError(f"{path}: {', '.join(wrong)} belong in the recipe, not in this file; remove them")
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage != settings.zero:
+        raise UserError(f"{path}: zero_optimization.stage is {stage!r}; this file must set {settings.zero}")
+    micro_batches = training.global_batch_size // training.micro_batch_size
+    if micro_batches % world:
+        raise UserError(
+            f"training.global_batch_size: {training.global_batch_size} rows are {micro_batches} micro-batches of "
+            f"{training.micro_batch_size}, which {world} ranks cannot share evenly; choose a global batch that "
+            f"is a multiple of {world * training.micro_batch_size}, or other ranks or micro-batches"
+        )
+    config |= {
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": micro_batches // world,
+        "gradient_clipping": training.gradient_clipping,  # DeepSpeed clips at 1.0 where the key is missing
+        "steps_per_print": 10**9,
+        # Named optimizers compile fused kernels; a client optimizer is exact and needs no compiler.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if settings.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+class TaskEngine:
+    """One task's optimizer under DeepSpeed: forward, backward, step, and the trained tensors in float32."""
+
+    def __init__(self, model: nn.Module, settings: Engine, training: Training, ranks: Ranks) -> None:
+        self._stage = settings.zero
+        self._world = ranks.world
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert trained, "a task without trainable tensors never starts an engine"
+        assert all(parameter.numel() for parameter in trained), "ZeRO 3 cannot hold empty parameters"
+        self._optimizer = torch.optim.AdamW(
+            trained,
+            lr=training.learning_rate,
+            eps=training.adam_eps,
+            weight_decay=training.weight_decay,
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self._optimizer,
+            config=deepspeed_config(settings, training, ranks.world),
+        )
+        self.micro_batches_per_step = int(self._engine.gradient_accumulation_steps())
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as DeepSpeed runs it: calling it gathers what ZeRO 3 has scattered."""
+        module: nn.Module = self._engine.module
+        return module
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """One micro-batch's forward."""
+        loss: Tensor = self._engine(**batch)
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """One micro-batch's backward; DeepSpeed divides by the micro-batches of this rank and averages ranks."""
+        self._engine.backward(loss)
+
+    def step(self, learning_rate: float) -> None:
+        """Advance by one micro-batch; the optimizer steps on the last one of a global batch."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+        self._engine.step()
+
+    @property
+    def gradient_norm(self) -> float:
+        """The global gradient's norm before clipping, of the last step."""
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """The averaged gradient of the global batch, between the last backward and the step. Collective."""
+        gradient = safe_get_full_grad(parameter)
+        assert gradient is not None, "gradients are readable between the last backward and the step only"
+        return gradient.detach().float()
+
+    def first_moment(self, parameter: nn.Parameter) -> Tensor:
+        """Adam's `exp_avg`, whole, float32. Collective."""
+        if self._stage == 0:
+            moment = self._optimizer.state[parameter]["exp_avg"]
+        else:
+            moment = safe_get_full_optimizer_state(parameter, "exp_avg")
+        assert moment is not None, "moments exist after the first step only"
+        return moment.detach().float().reshape(_full_shape(parameter))
+
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """The float32 master copy, whole, on the CPU. Collective."""
+        value = parameter if self._stage == 0 else safe_get_full_fp32_param(parameter)
+        assert value is not None, "only trained tensors have a master copy"
+        return value.detach().float().cpu().reshape(_full_shape(parameter)).clone()
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set a trained tensor, the float32 master and the forward's copy. Collective."""
+        value = value.to(self._engine.device, torch.float32)
+        if self._stage == 0:
+            parameter.data.copy_(value)
+        elif self._stage < 3:
+            safe_set_full_fp32_param(parameter, value)
+            parameter.data.copy_(value)  # the setter leaves the forward's copy stale
+        else:
+            # The full setter fails on the last rank where the shards do not divide the tensor; a padded shard of
+            # this rank's own does not.
+            shard = parameter.ds_tensor.numel()
+            padded = torch.zeros(shard * self._world, device=value.device)
+            padded[: value.numel()] = value.flatten()
+            safe_set_local_fp32_param(parameter, padded[dist.get_rank() * shard :][:shard])
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if dist.get_rank() == 0:
+                    parameter.data.copy_(value)
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> Any:
+        """A context in which the forward's copies stand whole on every rank."""
+        if self._stage < 3:
+            return nullcontext()
+        return deepspeed.zero.GatheredParameters(list(parameters))
+
+    def close(self) -> None:
+        """Give the engine's memory back; the model it trained is not to be used afterwards."""
+        self._engine.destroy()
+
+
+def _full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The tensor's shape when whole: ZeRO 3 leaves an empty stand-in between forwards."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape

@@ -1,0 +1,110 @@
+"""The interface between the stream and a continual-learning method: hooks that do nothing by default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.adapters.lora import Factors
+from pipeline.recipe import Adapter, Group
+
+Settings = TypeVar("Settings", bound=Group)
+
+
+class TaskContext(Protocol):
+    """What the engine lends a method while a task is learnt. Collective calls: every rank, same order.
+
+    `model` is the backbone with the frozen past merged; from `begin_task` on it carries the task's adapter.
+    """
+
+    model: nn.Module
+    task_index: int  # from 1
+    step: int  # optimizer steps done in this task
+    targets: Sequence[str]  # layers that carry an adapter
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A CPU generator seeded from (seed, task, purpose): the same on every rank."""
+
+    def run_rows(self, rows: Sequence[int], *, backward: bool) -> float:
+        """Run training rows through `model` in evaluation mode (each rank its share) with whatever hooks the
+        method has put on its layers; returns the mean loss per label token over all ranks.
+        """
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over ranks."""
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's `tensor` on every rank."""
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """The global batch's averaged gradient, float32, between the last backward and the step."""
+
+    def first_moment(self, parameter: nn.Parameter) -> Tensor:
+        """Adam's `exp_avg` of a trained tensor, whole and float32, wherever ZeRO keeps it."""
+
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """The float32 master copy of a trained tensor, whole, on the CPU."""
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set a trained tensor: the float32 master and the forward's copy."""
+
+
+class Method(Generic[Settings]):
+    """A continual-learning method. State lives between tasks; adapters live within one.
+
+    The stream calls, per task: `data_for_task`, `begin_task`, then per optimizer step `penalty`, `before_step`,
+    `after_step`, then `end_task`, and `begin_evaluation` before each task that is scored.
+    """
+
+    def __init__(self, settings: Settings, adapter: Adapter) -> None:
+        self.settings = settings
+        self.adapter = adapter
+
+    def data_for_task(self, task_index: int, rows: Sequence[Any]) -> Sequence[Any]:
+        """The rows that train task `task_index`; replay methods add old ones."""
+        return rows
+
+    def begin_task(self, ctx: TaskContext) -> None:
+        """Attach the task's adapter to `ctx.model`."""
+
+    def penalty(self, ctx: TaskContext) -> Tensor | None:
+        """A term added to the loss once per optimizer step, or None."""
+        return None
+
+    def before_step(self, ctx: TaskContext) -> None:
+        """Between the last backward of a global batch and the optimizer's step."""
+
+    def after_step(self, ctx: TaskContext) -> None:
+        """After the optimizer's step."""
+
+    def end_task(self, ctx: TaskContext) -> dict[str, Tensor]:
+        """Close the task; returns its trained tensors, float32 on the CPU, as the stage keeps them."""
+        raise TypeError(f"{type(self).__name__} trains nothing: a method returns its trained tensors")
+
+    def begin_evaluation(self, task: str) -> None:
+        """Before `task` is scored."""
+
+    def load_trained(self, task_index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take a finished task's trained tensors, from `end_task` or from a stage."""
+
+    def frozen(self) -> Mapping[str, Sequence[Factors]]:
+        """The past: updates that are constant while the next task trains, by layer."""
+        return {}
+
+    def active(self) -> Mapping[str, Sequence[Factors]]:
+        """All that has been learnt, by layer: what stands in the weights when tasks are scored."""
+        return self.frozen()
+
+    def influences(self, task_index: int) -> dict[str, Any]:
+        """What of the method influences how task `task_index` trains, for the stage's address."""
+        return self.settings.model_dump(mode="json")
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The method's memory: tensors, and values that JSON can hold."""
+        return {}, {}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""

@@ -1,0 +1,96 @@
+"""All faults of a recipe in one message: *field path: what was got; what is legal; what to do*."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+
+def near(word: str, candidates: Iterable[str]) -> str:
+    """`; did you mean "x"?` where a candidate is close, else an empty string."""
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    close = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
+    return f'; did you mean "{by_lower[close[0]]}"?' if close else ""
+
+
+def render_faults(shown_path: str, error: ValidationError, root: type[BaseModel]) -> str:
+    """The message for a `ValidationError`, one line a fault, each under its dotted field path."""
+    lines = sorted({_line(fault, root) for fault in error.errors()})
+    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    return "\n".join([f"{shown_path}: {count}", *(f"  {line}" for line in lines)])
+
+
+def _line(fault: ErrorDetails, root: type[BaseModel]) -> str:
+    place = _dotted(fault["loc"])
+    got, context = fault["input"], fault.get("ctx", {})
+    match fault["type"]:
+        case "missing":
+            return f"{place}: missing; add it (shipped recipes in recipes/ show every key)"
+        case "extra_forbidden":
+            legal = _keys_at(fault["loc"][:-1], root)
+            return f"{place}: no such key{near(str(fault['loc'][-1]), legal)}; legal here: {', '.join(legal)}"
+        case "literal_error":
+            return f"{place}: {got!r} is not one of {context['expected']}{_near_literal(got, context)}"
+        case "union_tag_invalid":
+            name = str(context["tag"])
+            legal = [part.strip(" '") for part in str(context["expected_tags"]).split(",")]
+            return f"{place}.name: {name!r} is no method{near(name, legal)}; legal: {', '.join(legal)}"
+        case "union_tag_not_found":
+            return f"{place}.name: missing; name the method, such as inclora"
+        case "greater_than":
+            return f"{place}: {got!r} is not greater than {context['gt']}"
+        case "greater_than_equal":
+            return f"{place}: {got!r} is less than {context['ge']}"
+        case "less_than":
+            return f"{place}: {got!r} is not less than {context['lt']}"
+        case "none_required" | "too_long":
+            return f"{place}: {got!r} is not supported yet; leave it at its default"
+        case "value_error":
+            return f"{place}: {str(fault['msg']).removeprefix('Value error, ')}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{place}: {got!r} is not a group of keys"
+        case _:
+            return f"{place}: {got!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    """`('order', 'tasks', 3)` -> `order.tasks[3]`; pydantic's own words for union branches are left out."""
+    text = ""
+    for part in location:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif "[" not in part and part not in ("seqlora", "inclora"):
+            text += f".{part}" if text else part
+    return text or "recipe"
+
+
+def _keys_at(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
+    """The legal keys of the group that `location` leads to."""
+    group: Any = root
+    for part in location:
+        if isinstance(group, type) and issubclass(group, BaseModel) and part in group.model_fields:
+            group = group.model_fields[str(part)].annotation
+        else:  # a branch of a union named by its tag, or a key of a mapping of groups
+            group = _member(group, part)
+    return list(group.model_fields) if isinstance(group, type) and issubclass(group, BaseModel) else []
+
+
+def _member(annotation: Any, tag: int | str) -> Any:
+    for member in get_args(annotation):
+        if isinstance(member, type) and issubclass(member, BaseModel):
+            name = member.model_fields.get("name")
+            if name is None or tag in get_args(name.annotation):
+                return member
+        nested = _member(member, tag)
+        if nested is not None:
+            return nested
+    return None
+
+
+def _near_literal(got: object, context: dict[str, Any]) -> str:
+    legal = [part.strip(" '") for part in str(context["expected"]).replace(" or ", ",").split(",")]
+    return near(got, legal) if isinstance(got, str) else ""

@@ -1,0 +1,213 @@
+"""Tiny backbones for the demo, made on first use: a T5 and a LLaMA of a few hundred thousand parameters.
+
+They are trained from scratch on `data_prep.synthetic.pretraining_texts` (T5: span corruption and practice
+questions; LLaMA: language modelling and practice questions) and kept in the cache as folders of the same form
+as a real checkpoint, so that the same loading code serves both. They know nothing beyond those templates.
+"""
+
+import hashlib
+import io
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+import sentencepiece
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from data_prep import synthetic
+
+Family = Literal["t5", "llama2"]
+SEED = 7
+THREADS = 2  # sums depend on the number of threads: fixed, whatever OMP_NUM_THREADS says
+TOKENIZER_TEXTS = 4000
+SENTINELS = 100  # T5Tokenizer adds this many pieces behind the vocabulary, <extra_id_0> last
+NOISE, SPAN = 0.2, 2.5  # span corruption: share of tokens hidden, mean length of a hidden span
+
+
+@dataclass(frozen=True)
+class Making:
+    """How one family's backbone is made; numbers found by trial: every practice question answered, in half a minute."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    vocabulary: int
+    width: int
+    layers: int
+    tokenizer_file: str
+
+
+MAKING: dict[Family, Making] = {
+    "t5": Making(steps=700, batch=32, learning_rate=3e-3, vocabulary=400, width=96, layers=2, tokenizer_file="spiece.model"),
+    "llama2": Making(steps=700, batch=32, learning_rate=3e-3, vocabulary=640, width=96, layers=3, tokenizer_file="tokenizer.model"),
+}
+
+
+def ensure_tiny_backbone(family: Family) -> Path:
+    """The folder of the tiny backbone, made on first use (about half a minute on two cores)."""
+    sources = Path(__file__).read_bytes() + Path(synthetic.__file__).read_bytes()
+    key = hashlib.sha256(sources).hexdigest()[:12]
+    return synthetic.publish(f"tiny-{family}-{key}", lambda folder: _make(folder, family))
+
+
+def _make(folder: Path, family: Family, steps: int | None = None) -> None:
+    """Write tokenizer, configuration and weights into an existing empty folder."""
+    making = MAKING[family]
+    pieces = train_tokenizer(family)
+    (folder / making.tokenizer_file).write_bytes(pieces)
+    vocabulary = sentencepiece.SentencePieceProcessor(model_proto=pieces)
+    with _reproducible():
+        model = _new_model(family, vocabulary)
+        _train(model, family, vocabulary, making, making.steps if steps is None else steps)
+    model.save_pretrained(folder)
+
+
+def train_tokenizer(family: Family) -> bytes:
+    """A sentencepiece model of the family's kind (T5: unigram; LLaMA: BPE with byte fallback), as file bytes."""
+    texts = itertools.islice(synthetic.pretraining_texts(SEED), TOKENIZER_TEXTS)
+    lines = [line for text in texts for line in f"{text.text} {text.answer or ''}".split("\n") if line.strip()]
+    if family == "t5":  # a word becomes a piece only if it occurs within two different words
+        words = sorted(set(re.findall(r"\w+", "\n".join(lines))))
+        lines += [f"{word}:" for word in words]
+    kind = {
+        "t5": {"model_type": "unigram", "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+        "llama2": {
+            "model_type": "bpe", "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1, "byte_fallback": True,
+            "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "split_digits": True,
+        },
+    }[family]  # fmt: skip
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=file,
+        vocab_size=MAKING[family].vocabulary,
+        hard_vocab_limit=False,  # a few pieces fewer, rather than a fault, if the text has no more to give
+        num_threads=1,
+        minloglevel=2,
+        **kind,
+    )
+    return file.getvalue()
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """A fixed number of threads and a seeded generator inside, the caller's own ones afterwards."""
+    threads = torch.get_num_threads()
+    verbosity = transformers.logging.get_verbosity()
+    torch.set_num_threads(THREADS)
+    transformers.logging.set_verbosity_error()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(SEED)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _new_model(
+    family: Family, vocabulary: sentencepiece.SentencePieceProcessor
+) -> T5ForConditionalGeneration | LlamaForCausalLM:
+    making = MAKING[family]
+    if family == "t5":
+        return T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=len(vocabulary) + SENTINELS,
+                d_model=making.width,
+                d_kv=24,
+                num_heads=4,
+                d_ff=3 * making.width,
+                num_layers=making.layers,
+                num_decoder_layers=making.layers,
+                dropout_rate=0.0,
+                decoder_start_token_id=0,
+            )
+        )
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=making.width,
+            num_attention_heads=4,
+            intermediate_size=256,
+            num_hidden_layers=making.layers,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def _train(
+    model: T5ForConditionalGeneration | LlamaForCausalLM,
+    family: Family,
+    vocabulary: sentencepiece.SentencePieceProcessor,
+    making: Making,
+    steps: int,
+) -> None:
+    texts = synthetic.pretraining_texts(SEED)
+    rng = Random(SEED)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=making.learning_rate, weight_decay=0.01)
+    warmup = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, max(0.02, 1 - step / max(1, steps)))
+    )
+    encode = _t5_example if family == "t5" else _llama_example
+    model.train()
+    for _ in range(steps):
+        examples = [encode(text, vocabulary, rng) for text in itertools.islice(texts, making.batch)]
+        inputs = _padded([source for source, _ in examples], 0)
+        labels = _padded([target for _, target in examples], -100)
+        mask = _padded([[1] * len(source) for source, _ in examples], 0)
+        loss = model(input_ids=inputs, attention_mask=mask, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def _t5_example(
+    text: synthetic.PretrainingText, vocabulary: sentencepiece.SentencePieceProcessor, rng: Random
+) -> tuple[list[int], list[int]]:
+    """Source and target ids; plain text has spans replaced by sentinels, as T5 was pretrained."""
+    ids = vocabulary.encode(text.text)
+    end = vocabulary.eos_id()
+    if text.answer is not None:
+        return [*ids, end], [*vocabulary.encode(text.answer), end]
+    source, target, sentinel = [], [], len(vocabulary) + SENTINELS
+    position = 0
+    while position < len(ids):
+        if rng.random() < NOISE / SPAN:
+            length = 1 + min(int(rng.expovariate(1 / (SPAN - 0.5))), 5)
+            sentinel -= 1
+            source.append(sentinel)
+            target += [sentinel, *ids[position : position + length]]
+            position += length
+        else:
+            source.append(ids[position])
+            position += 1
+    return [*source, end], [*target, end]
+
+
+def _llama_example(
+    text: synthetic.PretrainingText, vocabulary: sentencepiece.SentencePieceProcessor, rng: Random
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of one length: plain text counts as a whole, of a practice question the answer alone."""
+    ids = [vocabulary.bos_id(), *vocabulary.encode(text.text)]
+    if text.answer is None:
+        return [*ids, vocabulary.eos_id()], [-100, *ids[1:], vocabulary.eos_id()]
+    answer = [*vocabulary.encode(text.answer), vocabulary.eos_id()]
+    return ids + answer, [-100] * len(ids) + answer
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])

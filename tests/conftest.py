@@ -1,0 +1,36 @@
+"""Shared fixtures: the checkout on the import path, and outside data that a test may need."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+
+def _folder(variable: str, default: str) -> Path:
+    path = Path(os.environ.get(variable) or ROOT / default)
+    if not path.is_dir():
+        pytest.skip(f"{variable} not set and {default} absent: this test reads real data or weights")
+    return path
+
+
+@pytest.fixture(scope="session")
+def benchmark_dir() -> Path:
+    """The real CL_Benchmark files."""
+    return _folder("CL_BENCHMARK_DIR", "../shared/cl_benchmark")
+
+
+@pytest.fixture(scope="session")
+def mini_dir() -> Path:
+    """The small 15-task benchmark."""
+    return _folder("CL_BENCHMARK_MINI_DIR", "../shared/cl_benchmark_mini")
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    """The folder of mini backbones and tokenizers."""
+    return _folder("CL_MODEL_DIR", "../shared/models")
