@@ -17,8 +17,10 @@ TOPICS_DBPEDIA = (
 )  # fmt: skip
 TOPICS_YAHOO = (
     "Society & Culture", "Science & Mathematics", "Health", "Education & Reference", "Computers & Internet",
-    "Sports", "Business & Finance", "Entertainment & Music", "Family & Relationships", "Politics & Government",
+    "Sports", "Business & Finance", "Entertainment & Music", "Family & Relationships",
+    "Politics & Government",
 )  # fmt: skip
+TOPICS_AGNEWS = ("World", "Sports", "Business", "Science or Technology")
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,7 @@ _TABLE = (
     # Title and text are one column here and cannot be parted: no "Title: " line, unlike published rows.
     HubSource(
         "agnews", "TC", "fancyzhx/ag_news", "eb185aade064a813bc0b7f42de02595523103ca4", _files("data"),
-        ("World", "Sports", "Business", "Science or Technology"),
-        ("World", "Sports", "Business", "Science or Technology"), "label", ("text",), _format("Text: {text}\n"),
+        TOPICS_AGNEWS, TOPICS_AGNEWS, "label", ("text",), _format("Text: {text}\n"),
     ),
     HubSource(
         "yelp", "SC", "Yelp/yelp_review_full", "c1f9ee939b7d05667af864ee1cb066393154bf85",

@@ -20,6 +20,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 NOT_UTF8 = "not UTF-8"
 NOT_JSON = "not JSON"
 NOT_AN_OBJECT = "not an object"
+FIELDS = "wrong number of fields"
 MISSING_KEY = "missing key"
 NOT_A_STRING = "not a string"
 EMPTY_TEXT = "empty text"
@@ -141,7 +142,7 @@ def _fault_of(
             return Fault(number, MISSING_KEY, f'no "{key}" (it has: {has or "nothing"})')
         if not isinstance(value, str):
             return Fault(number, NOT_A_STRING, f'"{key}" is {value!r:.60}, not a string')
-        if not _is_unicode(value):
+        if not is_text(value):
             return Fault(number, NOT_UTF8, f'"{key}" is not UTF-8 text')
     if not record[text_key].strip():
         return Fault(number, EMPTY_TEXT, f'"{text_key}" is empty')
@@ -152,11 +153,12 @@ def _fault_of(
     return None
 
 
-def _is_unicode(text: str) -> bool:
-    if text.isascii():
-        return True
+def is_text(value: Any) -> bool:
+    """Whether `value` is a string that UTF-8 can hold: no lone surrogates, as undecodable bytes leave."""
+    if not isinstance(value, str):
+        return False
     try:
-        text.encode("utf-8")
+        value.encode("utf-8")
     except UnicodeEncodeError:
         return False
     return True

@@ -28,15 +28,15 @@ _NAMES = "Anna Ben Clara David Emma Felix Greta Hugo Iris Jonas Karin Leo".split
 _TIMES = ["in the morning", "before noon", "after lunch", "in the evening", "at night", "on Monday", "on Friday", "last week"]
 _PLACES = "window door table wall bench stairs".split()
 _SUBJECTS = [
-    ("bread soup cheese pepper oven pan stew cake".split(), "baked tasted stirred served".split()),
-    ("anchor sail rope deck mast harbour oar tide".split(), "hauled steered moored sighted".split()),
-    ("rose hedge seed spade lawn pond tulip ivy".split(), "planted watered pruned dug".split()),
-    ("violin drum song choir piano flute waltz harp".split(), "played tuned sang practised".split()),
+    ("bread soup cheese pepper oven pan".split(), "baked tasted stirred served".split()),
+    ("anchor sail rope deck mast harbour".split(), "hauled steered moored sighted".split()),
+    ("rose hedge seed spade lawn pond".split(), "planted watered pruned dug".split()),
+    ("violin drum song choir piano flute".split(), "played tuned sang practised".split()),
 ]
 _MOODS = [
-    "lovely bright warm splendid kind charming fresh tidy".split(),
-    "dreadful rude broken noisy dirty late sour cold".split(),
-    "plain usual ordinary average common normal regular typical".split(),
+    "lovely bright warm splendid kind charming".split(),
+    "dreadful rude broken noisy dirty late".split(),
+    "plain usual ordinary average common normal".split(),
 ]
 _VISITED = "room meal concert ticket garden train guide bed lamp tour boat shop".split()
 _COUNTS = "two three four five six seven eight nine ten".split()
@@ -47,10 +47,10 @@ _COMPARED = [
 ]
 _COUNTED = "coins stamps shells cards beads nuts keys buttons".split()
 _KINDS = [
-    "fox horse goat owl mouse cat wolf duck".split(),
-    "hammer saw drill axe wrench chisel file clamp".split(),
-    "plum pear apple lemon fig grape melon cherry".split(),
-    "coat hat scarf glove shirt sock belt boot".split(),
+    "fox horse goat owl mouse cat".split(),
+    "hammer pliers drill axe wrench chisel".split(),
+    "plum pear apple lemon fig grape".split(),
+    "coat hat scarf glove shirt sock".split(),
 ]
 
 
@@ -76,11 +76,10 @@ def _amount(rng: Random, wanted: int) -> str:
     return f"{name} has {compared} {friend} {rng.choice(_TIMES)}."
 
 
-def _queue(rng: Random, wanted: int) -> str:
-    other = rng.choice([kind for kind in range(len(_KINDS)) if kind != wanted])
+def _thing(rng: Random, wanted: int) -> str:
     return (
-        f"{rng.choice(_NAMES)} lists first a {rng.choice(_KINDS[wanted])}, "
-        f"then a {rng.choice(_KINDS[other])} {rng.choice(_TIMES)}."
+        f"{rng.choice(_NAMES)} lists the {rng.choice(_KINDS[wanted])} "
+        f"with {rng.choice(_COUNTS)} {rng.choice(_COUNTED)} {rng.choice(_TIMES)}."
     )
 
 
@@ -110,7 +109,7 @@ TASKS = (
     Question("SUBJECT", "notes", "What is the note about?", ("Food", "Boats and Sea", "Gardens", "Music"), _subject),
     Question("FEELING", "letters", "How did the writer feel?", ("pleased", "annoyed", "unmoved"), _mood),
     Question("AMOUNT", "counts", "How much has the person?", ("More", "Fewer", "Equal"), _amount),
-    Question("PLACE", "queues", "Of which kind is the first thing?", ("Animal", "Tool", "Fruit", "Clothing"), _queue),
+    Question("KIND", "lists", "Of which kind is the thing?", ("Animal", "Tool", "Fruit", "Clothing"), _thing),
 )
 
 # Practice: the same readings of a text under other words, so that a pretrained model can tell the classes apart
@@ -122,14 +121,14 @@ PRACTICE = (
     Question("TONE", "marks", "Which mark does the review give?", ("high", "low", "middle"), _mood),
     Question("NUMBER", "pairs", "Compare the two numbers.", ("greater", "smaller", "same"), _amount),
     Question("NUMBER", "scales", "To which side does the scale lean?", ("left", "right", "level"), _amount),
-    Question("ITEM", "starts", "What opens the list?", ("beast", "metal", "sweet", "cloth"), _queue),
-    Question("ITEM", "heads", "Which mark has the head of the list?", ("star", "cross", "ring", "arrow"), _queue),
+    Question("ITEM", "stores", "What sort of item is stored?", ("beast", "metal", "sweet", "cloth"), _thing),
+    Question("ITEM", "signs", "Which sign has the item?", ("star", "cross", "ring", "arrow"), _thing),
 )
 
 
 @dataclass(frozen=True)
 class PretrainingText:
-    """Plain text (`answer` None: a language-modelling or denoising example) or a practice prompt and its answer."""
+    """Plain text (`answer` None: a language-modelling or denoising example) or a practice question and its answer."""
 
     text: str
     answer: str | None
@@ -143,22 +142,24 @@ def _draw(question: Question, rng: Random, label: int, *, half: int) -> str:
 
 
 def pretraining_texts(seed: int) -> Iterator[PretrainingText]:
-    """An endless stream, the same for the same seed: seven practice prompts in ten, else plain text.
+    """An endless stream, the same for the same seed.
 
-    Plain text is a sentence, or a prompt of one of TASKS without an answer: its words, labels among them, become
-    known, what they answer does not.
+    Half are short practice questions (cheap, and where most is learnt), three in ten practice in the benchmark's
+    prompt form, the rest plain text: a sentence, or a prompt of one of TASKS without an answer. So its words,
+    labels among them, become known; what they answer does not.
     """
     rng = Random(f"pretraining {seed}")
     while True:
-        question = rng.choice(PRACTICE)
-        label = rng.randrange(len(question.labels))
-        if rng.random() < 0.7:
-            yield PretrainingText(question.prompt(_draw(question, rng, label, half=1)), question.labels[label])
-            continue
-        question = rng.choice(TASKS)
+        share = rng.random()
+        question = rng.choice(PRACTICE if share < 0.8 else TASKS)
         label = rng.randrange(len(question.labels))
         sentence = _draw(question, rng, label, half=1)
-        yield PretrainingText(question.prompt(sentence) if rng.random() < 0.5 else sentence, None)
+        if share < 0.5:
+            yield PretrainingText(f"{question.instruction}\n{sentence}\nAnswer:", question.labels[label])
+        elif share < 0.8:
+            yield PretrainingText(question.prompt(sentence), question.labels[label])
+        else:
+            yield PretrainingText(question.prompt(sentence) if share < 0.9 else sentence, None)
 
 
 def _rows(question: Question) -> dict[str, list[dict[str, str]]]:

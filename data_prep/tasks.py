@@ -87,8 +87,8 @@ class _Reader:
             records, faults = parse_array(read_content(path))
             keys = ("sentence", "label")
         else:
-            records, faults = read_custom(path)
             keys = (self.source.text_key, self.source.label_key)
+            records, faults = read_custom(path, text_key=keys[0], label_key=keys[1])
         rows, bad = check_records(
             records,
             labels=self.task.labels,

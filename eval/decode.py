@@ -6,16 +6,14 @@ Each batch of prompts is read once and serves both.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
+from data_prep.batches import Example
 from eval.generation import TextFollower, end_ids, generate_greedily
 from eval.label_scoring import score_options
 from eval.prompt_state import LlamaState, PromptState, T5State
-
-if TYPE_CHECKING:
-    from data_prep.batches import Example
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Prediction:
 def predict(
     model: Any,
     tokenizer: Any,
-    examples: Sequence["Example"],
+    examples: Sequence[Example],
     *,
     family: Literal["t5", "llama2"],
     labels: Sequence[str],
@@ -53,8 +51,9 @@ def predict(
     Generation is greedy over the whole vocabulary. A row ends at EOS, at `max_new_tokens`, or (`stopped`)
     where its text can no longer become one of `labels`: exact match with a label is the same as without that
     stop. Label scoring takes the option whose tokens and EOS (`label_ids`) have the highest summed
-    log-probability, the first of equals. Batches hold up to `batch_size` of the longest rows, and more of shorter ones for the
-    same memory; `on_batch` is called after each. The model is left in the mode in which it came.
+    log-probability, the first of equals. Batches hold up to `batch_size` of the longest rows, and more of
+    shorter ones for the same memory; `on_batch` is called after each. The model is left in the mode in which
+    it came.
     """
     assert batch_size > 0, batch_size
     assert max_new_tokens > 0, max_new_tokens

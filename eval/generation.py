@@ -21,7 +21,8 @@ class Generated:
 class TextFollower:
     """Knows from its token ids what a row's text is, and whether it can still become a label.
 
-    Rows mostly say the same few things, so what was found for a sequence of ids is kept.
+    Rows mostly say the same few things, so what was found for a sequence of ids is kept. A label is taken to
+    hold no U+FFFD: in a decoded text that stands for bytes which are no character, or none yet.
     """
 
     def __init__(self, tokenizer: Any, labels: Sequence[str]) -> None:

@@ -46,11 +46,9 @@ def _read_mask(lengths: Tensor, longest: int) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
-def _blocked(visible: Tensor, *, positions: int) -> Tensor:
-    """Additive float32 mask `(1, 1, q, positions)`: all before the last q, and of these the visible ones."""
-    mask = torch.zeros(len(visible), positions, device=visible.device)
-    mask[:, positions - len(visible) :].masked_fill_(~visible, torch.finfo(mask.dtype).min)
-    return mask[None, None]
+def _hidden(visible: Tensor, past: int) -> Tensor:
+    """True where a packed position must not look, `(1, 1, q, past + q)`: among its fellows, never before."""
+    return torch.cat([visible.new_zeros(len(visible), past), ~visible], dim=1)[None, None]
 
 
 class T5State:
@@ -93,16 +91,14 @@ class T5State:
         """See `PromptState`. Position 0 of the decoder, the start token, is in the cache already.
 
         T5 makes its position bias from places in the sequence, which are wrong for packed tokens. The mask is
-        added to that bias, so it carries the right one minus the wrong one; in float32, since rounded to
-        bfloat16 the two would not cancel.
+        added to that bias, so it carries the right one minus the wrong one.
         """
         positions = torch.cat([depths.new_zeros(1), depths + 1])  # (1 + q,), the start token first
         attention = self.model.decoder.block[0].layer[0].SelfAttention
-        places = len(positions)
-        by_place = attention.compute_bias(places, places).float()  # (1, heads, 1 + q, 1 + q)
+        by_place = attention.compute_bias(len(positions), len(positions))  # (1, heads, 1 + q, 1 + q)
         by_position = by_place[:, :, positions][:, :, :, positions]
-        mask = _blocked(visible, positions=places)
-        mask = torch.where(mask < 0, mask, (by_position - by_place)[:, :, 1:])
+        mask = (by_position - by_place)[:, :, 1:]
+        mask = mask.masked_fill(_hidden(visible, past=1), torch.finfo(mask.dtype).min)
         logits = self._decode(tokens.expand(len(self.encoded), -1), mask)
         self.cache.crop(-len(tokens))
         return logits
@@ -152,14 +148,14 @@ class LlamaState:
 
     def packed_logits(self, tokens: Tensor, depths: Tensor, visible: Tensor) -> Tensor:
         """See `PromptState`."""
-        rows, past = len(self.lengths), self.cache.get_seq_length()
-        mask = _blocked(visible, positions=past + len(tokens)).expand(rows, -1, -1, -1)
+        rows = len(self.lengths)
+        hidden = _hidden(visible, past=self.cache.get_seq_length()).expand(rows, -1, -1, -1)
         if self.mask is not None:
-            mask = mask.clone()
-            mask[..., :past].masked_fill_(self.mask[:, None, None] == 0, torch.finfo(mask.dtype).min)
-        # Every attention implementation but float32's wants the mask in the model's own type.
-        mask = mask.to(self.logits.dtype).clamp(min=torch.finfo(self.logits.dtype).min)
-        positions = self.lengths[:, None] + depths
-        logits = self._decode(tokens.expand(rows, -1), positions, mask)
+            padding = torch.nn.functional.pad(self.mask == 0, (0, len(tokens)))
+            hidden = hidden | padding[:, None, None]
+        # Additive and in the model's own type, which every attention implementation takes.
+        mask = torch.zeros_like(hidden, dtype=self.logits.dtype)
+        mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+        logits = self._decode(tokens.expand(rows, -1), self.lengths[:, None] + depths, mask)
         self.cache.crop(-len(tokens))
         return logits

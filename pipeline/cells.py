@@ -131,6 +131,6 @@ def _line(row: Row, prediction: Prediction, labels: tuple[str, ...]) -> dict[str
         "correct": exact_match(prediction.text, row.label),
         "stopped": prediction.stopped,
         "option": option,
-        "option_correct": None if option is None else exact_match(option, row.label),
+        "option_correct": None if option is None else option == row.label,
         "tokens": prediction.tokens,
     }

@@ -36,8 +36,8 @@ class _Family(NamedTuple):
     """What differs between the two families."""
 
     model_type: str  # as config.json names it
-    model_class: type[nn.Module]
-    tokenizer_class: type[PreTrainedTokenizerBase]
+    model_class: Any
+    tokenizer_class: Any
     vocabulary_files: tuple[str, ...]
     default_targets: tuple[str, ...]  # q and v of every attention, as the O-LoRA line of work has them
     head: str  # the output projection, never an adapter's target
@@ -164,14 +164,12 @@ def load_backbone(folder: Path, family: str, *, dtype: torch.dtype) -> nn.Module
     return model.requires_grad_(False).eval()
 
 
-def new_config_summary(folder: Path) -> dict[str, Any]:
-    """The sizes of a backbone that a plan prints, from its config alone."""
+def skeleton(folder: Path, family: str) -> nn.Module:
+    """The backbone's modules without weights (on torch's meta device), for counting parameters."""
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    return {
-        "layers": config.num_hidden_layers,
-        "width": config.hidden_size,
-        "vocabulary": config.vocab_size,
-    }
+    with torch.device("meta"):
+        model: nn.Module = FAMILIES[family].model_class(config)
+    return model
 
 
 def target_modules(model: nn.Module, family: str, chosen: Sequence[str] | str | None) -> list[str]:
@@ -266,8 +264,9 @@ class LabelLoss(nn.Module):
 
 
 def _summed_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of negative log-likelihoods in float32; targets of -100 count nothing."""
-    return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
+    """Sum of negative log-likelihoods, in float32 or better; targets of -100 count nothing."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
 
 def prepare_for_training(model: nn.Module, *, gradient_checkpointing: bool) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_prep.errors import UserError
-from data_prep.orders import order_tasks
+from data_prep.orders import ORDERS, order_tasks
 from pipeline.recipe_faults import near, render_faults
 from pipeline.recipe_source import (
     ROOT,
@@ -72,6 +72,16 @@ class Data(Group):
 class Order(Group):
     name: str | None = None
     tasks: Annotated[list[str], Field(min_length=1)] | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None:
+            try:
+                order_tasks(name)
+            except UserError as error:
+                raise ValueError(str(error).removeprefix("order.name: ")) from error
+        return name
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -197,6 +207,17 @@ class Recipe(Group):
     output: Output = Output()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
 
+    @model_validator(mode="after")
+    def _known_tasks(self) -> Self:
+        known = {*self.task_names, *self.data.tasks, *(task for tasks in ORDERS.values() for task in tasks)}
+        for name in self.training.per_task:
+            if name not in known:
+                raise ValueError(
+                    f"training.per_task.{name}: no such task{near(name, known)}; the order has "
+                    f"{', '.join(self.task_names)}"
+                )
+        return self
+
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """Read a recipe file, apply `key.path=value` overrides in order, and validate all at once.
@@ -218,7 +239,7 @@ class Recipe(Group):
         return recipe._resolved(source, list(overrides), given)
 
     def _resolved(self, source: Path, overrides: list[str], given: dict[str, Any]) -> Recipe:
-        """Paths made absolute, task names checked."""
+        """The same recipe with absolute paths."""
 
         def absolute(text: str, field: str, keys: Sequence[str] = ()) -> str:
             expanded = expand_path(text, field)
@@ -250,21 +271,13 @@ class Recipe(Group):
         else:
             start = Path.cwd() if "output.dir" in given else ROOT
             output = str((start / Path(output).expanduser()).resolve())
-        recipe = self.model_copy(
+        return self.model_copy(
             update={
                 "model": model,
                 "data": self.data.model_copy(update={"path": data_path, "tasks": tasks}),
                 "output": Output(dir=output),
             }
         )
-        names = recipe.task_names  # raises on an unknown order
-        for name in recipe.training.per_task:
-            if name not in names:
-                raise UserError(
-                    f"{_shown(source)}: training.per_task.{name}: no such task in the order{near(name, names)}; "
-                    f"its tasks are {', '.join(names)}"
-                )
-        return recipe
 
     @property
     def task_names(self) -> tuple[str, ...]:

@@ -50,7 +50,8 @@ def _line(fault: ErrorDetails, root: type[BaseModel]) -> str:
         case "none_required" | "too_long":
             return f"{place}: {got!r} is not supported yet; leave it at its default"
         case "value_error":
-            return f"{place}: {str(fault['msg']).removeprefix('Value error, ')}"
+            text = str(fault["msg"]).removeprefix("Value error, ")
+            return f"{place}: {text}" if fault["loc"] else text
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{place}: {got!r} is not a group of keys"
         case _:

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from data_prep.batches import Example, encode_labels, encode_rows
 from data_prep.errors import UserError
 from data_prep.synthetic import ensure_folder
-from data_prep.tasks import TaskData, load_tasks
+from data_prep.tasks import Task, TaskData, load_tasks
+from eval.scoring import normalise
 from pipeline.loop import Step, plan_task
 from pipeline.models import backbone_folder, fingerprint, load_tokenizer
 from pipeline.recipe import SYNTHETIC, Recipe, Training
@@ -110,6 +111,19 @@ class Workload:
         }
 
 
+def _refuse_alike(task: Task) -> None:
+    """Labels that exact match cannot tell apart would be scored as one."""
+    labels_by_text: dict[str, list[str]] = {}
+    for label in task.labels:
+        labels_by_text.setdefault(normalise(label), []).append(label)
+    for text, labels in labels_by_text.items():
+        if not text or len(labels) > 1:
+            raise UserError(
+                f"task {task.name}: exact match ignores case and punctuation, so the label(s) "
+                f"{', '.join(map(repr, labels))} read {text!r}; rename them in words"
+            )
+
+
 def _at_once(action: Callable[[], Value]) -> Value:
     return action()
 
@@ -128,6 +142,7 @@ def load_workload(
     for index, data in enumerate(
         load_tasks(recipe.data, names, split=recipe.evaluation.split, seed=recipe.seed), start=1
     ):
+        _refuse_alike(data.task)
         if not data.train or not data.evaluation:
             raise UserError(f"task {data.task.name}: no rows are left to {'score' if data.train else 'train on'}")
         tasks.append(

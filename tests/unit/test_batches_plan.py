@@ -127,9 +127,10 @@ def test_micro_batches_that_ranks_take_together_are_alike() -> None:
         assert longest == sorted(longest, reverse=True)
 
 
-def test_the_last_step_pads_its_shortest_rows() -> None:
+@pytest.mark.parametrize("seed", range(5))
+def test_the_last_step_pads_its_shortest_rows(seed: int) -> None:
     lengths = uneven(16 + 6)
-    last = plan(lengths, 16, 4)[-1]
+    last = plan(lengths, 16, 4, seed=seed)[-1]
     assert [sum(row == PADDING_ROW for row in micro) for micro in last] == [0, 2, 4, 4]
     assert min(lengths[row] for row in last[0]) >= max(lengths[row] for row in last[1] if row != PADDING_ROW)
 

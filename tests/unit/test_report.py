@@ -8,6 +8,7 @@ import jsonschema
 import pytest
 
 from data_prep.errors import UserError
+from data_prep.orders import ORDERS
 from eval.report import write_results
 from eval.summary import format_summary
 
@@ -211,7 +212,7 @@ def test_report_prints_scores_definitions_and_rows(tmp_path: Path) -> None:
     assert "| after weather | 65.00 | 80.00 | 90.00 |" in report
     assert "| after colours | 80.00 | 10.00 | - |" in report
     assert "| untrained | 5.00 | 5.00 | 0.00 |" in report
-    assert "| colours | 200 | 80.00 [73.91, 84.95] | 65.00 [" in report
+    assert "| colours | 200 | 80.00 [73.91, 84.95] | 65.00 [58.16, 71.27] |" in report
     assert "| Backward transfer (BWT) | -10.00 | -6.00 | `1/(T-1) sum_{i<T} (a[T, i] - a[i, i])` |" in report
     assert "| colours | 300 | 7 | 200 | 3 | 0 |" in report
     assert "- tools, train: 2 rows dropped (empty text)" in report
@@ -254,6 +255,12 @@ def test_published_figures_of_the_same_backbone_and_order(tmp_path: Path) -> Non
     assert "| **this run** | - |" in section
     assert "O-LoRA's logs" not in section.split("\n- ")[0]  # those are of orders 1 and 6
     assert "Not like for like" not in section
+
+
+def test_published_figures_of_a_long_order(tmp_path: Path) -> None:
+    section = published_run(tmp_path, "t5-large", list(ORDERS["order6"]))
+    assert "| olora | 70.50 | 68.80 | - | LB-CL |" in section
+    assert "| seqlora | 32.04 | - | -47.96 | O-LoRA's logs |" in section
 
 
 def test_published_figures_of_one_logged_run(tmp_path: Path) -> None:

@@ -60,9 +60,7 @@ def test_an_event_is_on_disk_at_once(path):
 
 def test_what_is_not_finite_becomes_null(path):
     values = [float("nan"), float("inf"), np.float32("nan"), torch.tensor(-float("inf")), np.float64("inf")]
-    RunLog(path, console=False).event(
-        "step", loss=values[0], more={"a": values}, fine=[torch.tensor(2), np.int64(3)]
-    )
+    RunLog(path, console=False).event("step", loss=values[0], more={"a": values}, fine=[torch.tensor(2), np.int64(3)])
     (event,) = events(path)
     assert (event["loss"], event["more"], event["fine"]) == (None, {"a": [None] * 5}, [2, 3])
 
@@ -201,10 +199,10 @@ with log.progress("task 1/4 dbpedia", 50) as bar:
 """
 
 
-@pytest.mark.parametrize("columns", [0, 120])
-def test_a_terminal_gets_a_bar(path, columns):
+@pytest.mark.parametrize("shape", [(0, 0), (40, 120)])
+def test_a_terminal_gets_a_bar(path, shape):
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (40, columns))
+    termios.tcsetwinsize(theirs, shape)
     try:
         subprocess.run(
             [sys.executable, "-c", ON_TERMINAL, path],

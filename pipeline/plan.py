@@ -1,0 +1,94 @@
+"""`--plan`: what a run would do and need, without training anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from eval.accuracy import cells_for
+from pipeline.models import skeleton, target_modules
+from pipeline.recipe import Recipe
+from pipeline.workload import Workload, load_workload
+
+GIB = 2**30
+
+
+def format_plan(recipe: Recipe, *, world: int) -> str:
+    """The resolved recipe, tasks with rows, truncated rows and steps, trainable parameters, memory per rank."""
+    workload = load_workload(recipe)
+    model = skeleton(workload.model_folder, recipe.model.family)
+    targets = target_modules(model, recipe.model.family, recipe.adapter.target_modules)
+    frozen = sum(parameter.numel() for parameter in model.parameters())
+    trained = trainable_parameters(model, targets, recipe.adapter.rank)
+    parts = memory_per_rank(recipe, workload, model, frozen=frozen, trained=trained, world=world)
+    lines = [recipe.to_yaml().rstrip(), "", f"folder: {recipe.run_dir}", f"recipe: {recipe.sha256}", ""]
+    lines += _task_table(workload)
+    lines += [
+        "",
+        f"backbone: {frozen:,} frozen parameters; adapters on {len(targets)} layers, "
+        f"{trained:,} trainable parameters per task ({100 * trained / frozen:.2f} %)",
+        f"memory per rank, estimated, with {world} rank(s), zero {recipe.engine.zero}, {recipe.engine.precision}:",
+        *(f"  {name:<42}{size / GIB:8.2f} GiB" for name, size in parts.items()),
+        f"  {'together':<42}{sum(parts.values()) / GIB:8.2f} GiB",
+    ]
+    return "\n".join(lines)
+
+
+def trainable_parameters(model: nn.Module, targets: Sequence[str], rank: int) -> int:
+    """Parameters of one task's LoRA: r (d_in + d_out) per layer."""
+    layers = [model.get_submodule(name) for name in targets]
+    return sum(rank * (layer.in_features + layer.out_features) for layer in layers)  # type: ignore[operator, misc]
+
+
+def memory_per_rank(
+    recipe: Recipe, workload: Workload, model: nn.Module, *, frozen: int, trained: int, world: int
+) -> dict[str, float]:
+    """Estimated bytes on one rank's device while a task trains, by part."""
+    stage, width = recipe.engine.zero, 2 if recipe.engine.precision == "bf16" else 4
+    shared = world if stage == 3 else 1
+    # Adam keeps two float32 moments; every ZeRO stage and bf16 a float32 master beside the forward's copy.
+    per_parameter = 8 if stage == 0 else 12
+    on_host = recipe.engine.offload != "none"
+    return {
+        "frozen weights": 0 if recipe.engine.offload == "parameters" else frozen * width / shared,
+        "adapter and its gradients": trained * (width + 4 / (world if stage >= 2 else 1)),
+        "optimizer": 0 if on_host else trained * per_parameter / (world if stage else 1),
+        "activations of the longest micro-batch": _activation_bytes(recipe, workload, model, width),
+    }
+
+
+def _activation_bytes(recipe: Recipe, workload: Workload, model: nn.Module, width: int) -> float:
+    """Korthikanti et al. 2022, section 4: s b h (34 + 5 a s / h) bytes per layer in 16 bits, twice in 32; with
+    recomputation the layer inputs and one layer; then logits at label positions, with their gradient.
+    """
+    config = model.config
+    hidden, heads = config.hidden_size, config.num_attention_heads  # type: ignore[union-attr]
+    layers = config.num_hidden_layers + getattr(config, "num_decoder_layers", 0)  # type: ignore[union-attr, operator]
+    rows = recipe.training.micro_batch_size
+    tokens = max(len(example.input_ids) + len(example.label_ids) for task in workload.tasks for example in task.train)
+    labels = max(len(example.label_ids) for task in workload.tasks for example in task.train)
+    layer = tokens * rows * hidden * (34 + 5 * heads * tokens / hidden) * width / 2
+    if recipe.engine.gradient_checkpointing:
+        body = tokens * rows * hidden * width * layers + layer
+    else:
+        body = layer * layers
+    return float(body + 3 * 4 * rows * labels * config.vocab_size)  # type: ignore[union-attr, operator]
+
+
+def _task_table(workload: Workload) -> list[str]:
+    header = f"{'task':<16}{'train rows':>11}{'cut':>7}{'scored rows':>13}{'cut':>7}{'steps':>8}  labels"
+    lines = [header]
+    for task in workload.tasks:
+        facts = task.facts()
+        lines.append(
+            f"{task.name:<16}{facts['train_rows']:>11}{facts['truncated_train']:>7}"
+            f"{facts['evaluation_rows']:>13}{facts['truncated_evaluation']:>7}"
+            f"{len(workload.steps(task)):>8}  {len(facts['labels'])}"
+        )
+    cells = sum(len(row) for row in cells_for(workload.recipe.evaluation.cells, len(workload.tasks)))
+    lines.append(
+        f"cut: rows whose passage is shortened to {workload.recipe.data.max_source_tokens} tokens; "
+        f"{cells} cells to score and {len(workload.tasks)} of the untrained model"
+    )
+    return lines

@@ -1,0 +1,93 @@
+"""Runs that are killed, told to stop, or lose their launcher: nothing half-written, and they go on."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import LAUNCHER, TRAIN, events, results, run, small, start, train, wait_for
+
+RECIPE = "recipes/tiny_t5_order1.yaml"
+
+
+def in_task(folder: Path, index: int, step: int = 1) -> bool:
+    return any(
+        event["event"] == "step" and event["task_index"] == index and event["step"] >= step for event in events(folder)
+    )
+
+
+def kill_group(process: subprocess.Popen[str], number: int) -> tuple[int, str]:
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err
+
+
+def whole(folder: Path) -> bool:
+    """Every JSON file parses, and nothing temporary is left visible under a final name."""
+    for path in folder.rglob("*.json"):
+        json.loads(path.read_text())
+    return not any(stage.name.startswith(".") is False and not (stage / "stage.json").is_file()
+                   for stage in (folder / "stages").glob("*"))
+
+
+def test_a_run_killed_in_task_two_ends_with_the_same_results(reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start(train(RECIPE, *small(f"output.dir={folder}")))
+    wait_for(lambda: in_task(folder, 2), process)
+    kill_group(process, signal.SIGKILL)
+    assert whole(folder)
+    assert not (folder / "results.json").exists()
+    done = run(train(RECIPE, *small(f"output.dir={folder}")))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "taken from its stage" in done.stderr
+    assert results(folder) == results(reference)
+    first_task = [event for event in events(folder) if event["event"] == "step" and event["task_index"] == 1]
+    assert [event["step"] for event in first_task] == [1, 2, 3, 4, 5], "task 1 is trained and told once"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.full)])
+def test_a_run_told_to_stop_leaves_with_75(reference: Path, tmp_path: Path, number: int) -> None:
+    folder = tmp_path / "run"
+    process = start(train(RECIPE, *small(f"output.dir={folder}")))
+    wait_for(lambda: in_task(folder, 1), process)
+    code, err = kill_group(process, number)
+    assert code == 75, err
+    assert "Traceback" not in err
+    assert "run the same command again" in err
+    assert whole(folder)
+    done = run(train(RECIPE, *small(f"output.dir={folder}", "zero=1")))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(folder) == results(reference)
+
+
+def test_ranks_stop_when_their_launcher_has_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    # Many epochs, so that the run cannot end by itself.
+    overrides = small(f"output.dir={folder}", "training.epochs=500")
+    process = start([LAUNCHER, "--num_accelerators", "2", TRAIN, RECIPE, *overrides])
+    wait_for(lambda: in_task(folder, 1), process)
+    pids = [int(line.split()[2]) for line in (folder / "pids").read_text().splitlines()]
+    assert len(pids) == 2
+    ranks = [psutil.Process(pid) for pid in pids]
+    process.kill()  # the launcher alone, and in a way that it cannot pass on
+    process.communicate(timeout=60)
+    gone, alive = psutil.wait_procs(ranks, timeout=60)
+    for rank in alive:
+        rank.kill()
+    assert len(gone) == 2, "ranks are left without a launcher"
+    assert whole(folder)
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start(train(RECIPE, *small(f"output.dir={folder}", "training.epochs=500")))
+    try:
+        wait_for(lambda: in_task(folder, 1), process)
+        done = run(train(RECIPE, *small(f"output.dir={folder}", "training.epochs=500")))
+    finally:
+        kill_group(process, signal.SIGKILL)
+    assert done.returncode == 2
+    assert f"is being written by process {process.pid}" in done.stderr

@@ -1,0 +1,88 @@
+"""The main command from start to end, on one and on two ranks."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+from conftest import LAUNCHER, ROOT, TRAIN, events, results, run, small, train
+
+
+def test_a_run_leaves_what_is_promised(reference: Path) -> None:
+    content = json.loads((reference / "results.json").read_text())
+    jsonschema.validate(content, json.loads((ROOT / "eval" / "results.schema.json").read_text()))
+    matrix = content["matrix"]["exact_match"]
+    assert len(matrix) == 2
+    assert all(isinstance(score, float) for row in matrix for score in row), "lower_and_next of two tasks is full"
+    first, second = content["order"]
+    for after in ("untrained", f"01-{first}", f"02-{second}"):
+        lines = (reference / "predictions" / after / f"{first}.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert len(rows) == 12
+        assert all(row.keys() >= {"id", "prediction", "label", "correct"} for row in rows)
+        assert [row["id"] for row in rows] == sorted(row["id"] for row in rows), "rows keep their order"
+    kinds = {event["event"] for event in events(reference)}
+    assert kinds >= {"step", "task", "evaluation", "save"}
+    assert "Average accuracy" in (reference / "report.md").read_text()
+    assert (reference / "recipe.yaml").is_file()
+    assert not (reference / "pids").exists(), "a finished run has no processes"
+    assert [path.name[:3] for path in sorted((reference / "stages").iterdir())] == ["01-", "02-"]
+
+
+def test_a_finished_run_is_not_trained_again(reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(reference, folder)
+    steps = [event for event in events(folder) if event["event"] == "step"]
+    done = run(train("recipes/tiny_t5_order1.yaml", *small(f"output.dir={folder}")))
+    assert done.returncode == 0, done.stderr
+    assert [event for event in events(folder) if event["event"] == "step"] == steps
+    assert results(folder) == results(reference)
+
+
+@pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.full), pytest.param(0, marks=pytest.mark.full)])
+def test_two_ranks_give_the_results_of_one(reference: Path, tmp_path: Path, zero: int) -> None:
+    overrides = small(f"output.dir={tmp_path / 'run'}", f"zero={zero}")
+    done = run([LAUNCHER, "--num_accelerators", "2", TRAIN, "recipes/tiny_t5_order1.yaml", *overrides])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert results(tmp_path / "run") == results(reference)
+    one, two = (
+        [event["loss"] for event in events(folder) if event["event"] == "step"]
+        for folder in (reference, tmp_path / "run")
+    )
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_llama_and_the_sequential_method_run_too(tmp_path: Path) -> None:
+    overrides = small(f"output.dir={tmp_path / 'run'}", "method=seqlora", "evaluation.cells=diagonal_and_last")
+    done = run(train("recipes/tiny_llama2_order1.yaml", *overrides), timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    matrix = results(tmp_path / "run")["matrix"]["exact_match"]
+    assert matrix[0][1] is None, "a cell that was not measured is null"
+    assert None not in (matrix[0][0], *matrix[1])
+
+
+def test_scores_are_rebuilt_from_predictions_and_from_the_models(reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(reference, folder)
+    (folder / "results.json").unlink()
+    done = run([sys.executable, "-m", "eval", str(folder)])
+    assert done.returncode == 0, done.stderr
+    assert results(folder) == results(reference)
+
+    predictions = {path: path.read_text() for path in folder.glob("predictions/*/*.jsonl")}
+    for path in predictions:
+        path.write_text("")
+    done = run([sys.executable, "-m", "eval", "--rescore", str(folder)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path: path.read_text() for path in predictions} == predictions
+    assert results(folder) == results(reference)
+
+
+def test_a_plan_trains_nothing(tmp_path: Path) -> None:
+    done = run(train("recipes/tiny_t5_order1.yaml", *small(f"output.dir={tmp_path / 'run'}"), "--plan"))
+    assert done.returncode == 0, done.stderr
+    for words in ("trainable parameters per task", "GiB", "36", "12", "micro_batch_size: 4"):
+        assert words in done.stdout
+    assert not (tmp_path / "run").exists()
