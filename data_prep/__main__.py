@@ -67,9 +67,7 @@ def _truncated(recipe: Recipe, loaded: Sequence[TaskData]) -> tuple[list[tuple[i
         train, evaluation = (
             sum(
                 example.truncated
-                for example in encode_rows(
-                    data.task, rows, tokenizer, family=recipe.model.family, data=recipe.data
-                )
+                for example in encode_rows(data.task, rows, tokenizer, family=recipe.model.family, data=recipe.data)
             )
             for rows in (data.train, data.evaluation)
         )
@@ -84,9 +82,7 @@ def _description(number: int, data: TaskData, truncated: tuple[int, int] | None)
         cut = "" if truncated is None else f", {truncated[place]} truncated"
         lines.append(f"   {split:<11}{len(rows):>6} rows{cut}, sha256 {data.fingerprints[split]}")
     if data.unmatchable:
-        lines.append(
-            f"   {data.unmatchable} evaluation rows have a label outside the set, which nothing can match"
-        )
+        lines.append(f"   {data.unmatchable} evaluation rows have a label outside the set, which nothing can match")
     for split, reasons in data.dropped.items():
         told = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
         lines.append(f"   dropped from {split}: {told}")
@@ -101,9 +97,7 @@ def _hub(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     parser.add_argument("--tasks", default=",".join(HUB_SOURCES), help="of %(default)s")
     parser.add_argument("--seed", type=int, default=42, help="chooses the rows (default %(default)s)")
-    parser.add_argument(
-        "--from-local", type=Path, help="DIR/<task>/{train,test}.{parquet,jsonl,json,csv} instead"
-    )
+    parser.add_argument("--from-local", type=Path, help="DIR/<task>/{train,test}.{parquet,jsonl,json,csv} instead")
     given = parser.parse_args(arguments)
     tasks = [name.strip() for name in given.tasks.split(",") if name.strip()]
     counts = make_folder(given.out, tasks, seed=given.seed, local=given.from_local)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PADDING_ROW",
     "Example",
+    "Family",
     "PromptSettings",
     "collate",
     "count_label_tokens",
@@ -89,9 +90,7 @@ def encode_rows(
     rows = list(rows)
     encode = _encoder(tokenizer, family)
     prompts = [
-        build_prompt(
-            task, row.sentence, add_task_name=data.add_task_name, add_dataset_name=data.add_dataset_name
-        )
+        build_prompt(task, row.sentence, add_task_name=data.add_task_name, add_dataset_name=data.add_dataset_name)
         for row in rows
     ]
     cut = cut_passages if data.truncation == "passage" else cut_tokens
@@ -158,17 +157,13 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, family: Family) -> Encode:
         for start in range(0, len(texts), _CHUNK):
             chunk = list(texts[start : start + _CHUNK])
             # verbose=False: prompts longer than the model's maximum are cut after this, by us.
-            ids += tokenizer(
-                chunk, add_special_tokens=False, split_special_tokens=split, verbose=False
-            ).input_ids
+            ids += tokenizer(chunk, add_special_tokens=False, split_special_tokens=split, verbose=False).input_ids
         return ids
 
     return encode
 
 
-def _encode_targets(
-    labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, encode: Encode
-) -> list[tuple[int, ...]]:
+def _encode_targets(labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, encode: Encode) -> list[tuple[int, ...]]:
     """Label tokens + EOS.
 
     Sentencepiece puts one space before any text it is given, so a LLaMA label encoded by itself already is
@@ -178,9 +173,7 @@ def _encode_targets(
     return [(*ids, eos) for ids in encode(list(labels))]
 
 
-def _with_special(
-    ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, family: Family
-) -> tuple[int, ...]:
+def _with_special(ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, family: Family) -> tuple[int, ...]:
     return (*ids, _special(tokenizer, "eos")) if family == "t5" else (_special(tokenizer, "bos"), *ids)
 
 
@@ -197,9 +190,7 @@ def _special(tokenizer: PreTrainedTokenizerBase, name: Literal["bos", "eos"]) ->
 def _refuse_unfitting(task: Task, rows: Sequence[Row], fitted: Sequence[FittedPrompt], budget: int) -> None:
     """UserError if a prompt is still longer than `budget`, naming the row that needs most."""
     unfitting = [
-        (len(prompt.ids), row.id)
-        for row, prompt in zip(rows, fitted, strict=True)
-        if len(prompt.ids) > budget
+        (len(prompt.ids), row.id) for row, prompt in zip(rows, fitted, strict=True) if len(prompt.ids) > budget
     ]
     if unfitting:
         needed, row_id = max(unfitting)

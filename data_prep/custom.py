@@ -20,9 +20,7 @@ def file_kind(path: Path) -> str:
     """The suffix that says how a file is read, a trailing .gz aside. Raises UserError for any other."""
     suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
     if suffix not in SUFFIXES:
-        raise UserError(
-            f"{path}: cannot tell the format; name the file .json, .jsonl or .csv (.gz may follow)"
-        )
+        raise UserError(f"{path}: cannot tell the format; name the file .json, .jsonl or .csv (.gz may follow)")
     return suffix
 
 
@@ -75,9 +73,7 @@ def _read_records(records: list[Any], keys: tuple[str, ...]) -> list[Any]:
     Left to infer types, `datasets` takes a column of dates for timestamps and, where one label is a number,
     every "1" for one; and it fails a whole file for one bad text, unnamed. So it is given strings alone.
     """
-    usable = [
-        isinstance(record, dict) and all(is_text(record.get(key)) for key in keys) for record in records
-    ]
+    usable = [isinstance(record, dict) and all(is_text(record.get(key)) for key in keys) for record in records]
     rows = [record for record, use in zip(records, usable, strict=True) if use]
     if not rows:
         return records
@@ -119,7 +115,6 @@ def _read_csv(content: bytes) -> tuple[list[Any], list[Fault]]:
                 cache_dir=folder,
                 keep_in_memory=True,
                 na_filter=False,
-                keep_default_na=False,
             )
         except (DatasetGenerationError, ValueError) as error:
             reason = str(error.__cause__ or error).strip()

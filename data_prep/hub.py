@@ -46,9 +46,7 @@ def make_folder(out: Path, tasks: Sequence[str], *, seed: int, local: Path | Non
         _write_surroundings(temporary, counts, seed, local)
         os.rename(temporary, out)
     except OSError as error:
-        raise UserError(
-            f"--out: {out} cannot be written ({error.strerror}); free space or name another"
-        ) from error
+        raise UserError(f"--out: {out} cannot be written ({error.strerror}); free space or name another") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return counts
@@ -75,10 +73,7 @@ def _write_surroundings(root: Path, counts: Counts, seed: int, local: Path | Non
     (root / "configs").mkdir()
     _write_json(
         root / "configs" / "instruction_config.json",
-        {
-            family: [{"instruction_type": "zero-shot", "instruction": text}]
-            for family, text in bundled.items()
-        },
+        {family: [{"instruction_type": "zero-shot", "instruction": text}] for family, text in bundled.items()},
     )
     tasks = {}
     for name, rows in counts.items():

@@ -132,9 +132,7 @@ def _fault_of(
     number: int, record: Any, legal: set[str], labels: Sequence[str], text_key: str, label_key: str
 ) -> Fault | None:
     if not isinstance(record, dict):
-        return Fault(
-            number, NOT_AN_OBJECT, f"a {type(record).__name__}, not an object with {text_key}, {label_key}"
-        )
+        return Fault(number, NOT_AN_OBJECT, f"a {type(record).__name__}, not an object with {text_key}, {label_key}")
     for key in (text_key, label_key):
         value = record.get(key)
         if value is None:
@@ -171,9 +169,7 @@ def duplicate_faults(rows: Sequence[Row], others: Mapping[str, Sequence[Row]]) -
         for row in other_rows:
             first.setdefault(row.sentence, f"row {row.id} of {file_name}")
     return [
-        Fault(row.id, DUPLICATE, f"same sentence as {first[row.sentence]}")
-        for row in rows
-        if row.sentence in first
+        Fault(row.id, DUPLICATE, f"same sentence as {first[row.sentence]}") for row in rows if row.sentence in first
     ]
 
 

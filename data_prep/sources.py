@@ -151,9 +151,7 @@ def describe_task(name: str, source: Source) -> Task:
                 f'{{"{family}": [{{"instruction_type": "zero-shot", "instruction": "..."}}]}}'
             )
         labels = read_labels(source.folder)
-        return Task(
-            name, family, labels, instruction or "", instruction is not None, split_files(source.folder)
-        )
+        return Task(name, family, labels, instruction or "", instruction is not None, split_files(source.folder))
     place = f"data.tasks.{name}"
     files = {"train": Path(source.train), "test": Path(source.test)}
     if source.dev is not None:

@@ -25,7 +25,16 @@ ROWS = {"train": 480, "dev": 96, "test": 144}  # each divides by 3 and 4: every 
 SEED = 20240
 
 _NAMES = "Anna Ben Clara David Emma Felix Greta Hugo Iris Jonas Karin Leo".split()
-_TIMES = ["in the morning", "before noon", "after lunch", "in the evening", "at night", "on Monday", "on Friday", "last week"]
+_TIMES = [
+    "in the morning",
+    "before noon",
+    "after lunch",
+    "in the evening",
+    "at night",
+    "on Monday",
+    "on Friday",
+    "last week",
+]
 _PLACES = "window door table wall bench stairs".split()
 _SUBJECTS = [
     ("bread soup cheese pepper oven pan".split(), "baked tasted stirred served".split()),
@@ -76,9 +85,10 @@ def _amount(rng: Random, wanted: int) -> str:
     return f"{name} has {compared} {friend} {rng.choice(_TIMES)}."
 
 
-def _thing(rng: Random, wanted: int) -> str:
+def _things(rng: Random, wanted: int) -> str:
+    first, second = rng.sample(_KINDS[wanted], 2)
     return (
-        f"{rng.choice(_NAMES)} lists the {rng.choice(_KINDS[wanted])} "
+        f"{rng.choice(_NAMES)} lists the {first} and the {second} "
         f"with {rng.choice(_COUNTS)} {rng.choice(_COUNTED)} {rng.choice(_TIMES)}."
     )
 
@@ -106,23 +116,33 @@ class Question:
 
 
 TASKS = (
-    Question("SUBJECT", "notes", "What is the note about?", ("Food", "Boats and Sea", "Gardens", "Music"), _subject),
+    Question(
+        "SUBJECT", "notes", "What is the note about?", ("Food", "Boats and Sea", "Gardens", "Music"), _subject
+    ),
     Question("FEELING", "letters", "How did the writer feel?", ("pleased", "annoyed", "unmoved"), _mood),
     Question("AMOUNT", "counts", "How much has the person?", ("More", "Fewer", "Equal"), _amount),
-    Question("KIND", "lists", "Of which kind is the thing?", ("Animal", "Tool", "Fruit", "Clothing"), _thing),
+    Question(
+        "KIND", "lists", "Of which kind are the things?", ("Animal", "Tool", "Fruit", "Clothing"), _things
+    ),
 )
 
 # Practice: the same readings of a text under other words, so that a pretrained model can tell the classes apart
 # but has never said a label of TASKS.
 PRACTICE = (
-    Question("AREA", "pages", "To which area does the page belong?", ("cookery", "shipping", "plants", "concerts"), _subject),
+    Question(
+        "AREA",
+        "pages",
+        "To which area does the page belong?",
+        ("cookery", "shipping", "plants", "concerts"),
+        _subject,
+    ),
     Question("AREA", "shelves", "Which shelf holds this page?", ("red", "blue", "green", "black"), _subject),
     Question("TONE", "reviews", "What is the tone of the review?", ("good", "bad", "neutral"), _mood),
     Question("TONE", "marks", "Which mark does the review give?", ("high", "low", "middle"), _mood),
     Question("NUMBER", "pairs", "Compare the two numbers.", ("greater", "smaller", "same"), _amount),
     Question("NUMBER", "scales", "To which side does the scale lean?", ("left", "right", "level"), _amount),
-    Question("ITEM", "stores", "What sort of item is stored?", ("beast", "metal", "sweet", "cloth"), _thing),
-    Question("ITEM", "signs", "Which sign has the item?", ("star", "cross", "ring", "arrow"), _thing),
+    Question("ITEM", "stores", "What sort of item is stored?", ("beast", "metal", "sweet", "cloth"), _things),
+    Question("ITEM", "signs", "Which sign has the item?", ("star", "cross", "ring", "arrow"), _things),
 )
 
 
@@ -228,9 +248,13 @@ def cache_root() -> Path:
         except OSError:
             continue
         # a shared temporary folder may hold one that somebody else laid there under our name
-        if os.access(folder, os.W_OK | os.X_OK) and (folder != private or folder.stat().st_uid == os.getuid()):
+        if os.access(folder, os.W_OK | os.X_OK) and (
+            folder != private or folder.stat().st_uid == os.getuid()
+        ):
             return folder
-    raise UserError(f"cache: neither {CHECKOUT / '.cache'} nor {private} can be written; make one of them writable")
+    raise UserError(
+        f"cache: neither {CHECKOUT / '.cache'} nor {private} can be written; make one of them writable"
+    )
 
 
 def publish(name: str, write: Callable[[Path], None]) -> Path:
@@ -256,5 +280,7 @@ def publish(name: str, write: Callable[[Path], None]) -> Path:
     except OSError as fault:
         if final.is_dir():  # another process was first
             return final
-        raise UserError(f"cache: {final} could not be written ({fault}); free space or make {root} writable") from fault
+        raise UserError(
+            f"cache: {final} could not be written ({fault}); free space or make {root} writable"
+        ) from fault
     return final

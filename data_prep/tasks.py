@@ -62,9 +62,7 @@ def load_tasks(data: DataSettings, names: Sequence[str], *, split: str, seed: in
             problems.append(str(error))
     if problems:
         if data.bad_rows == "refuse" and any("bad row" in problem for problem in problems):
-            problems.append(
-                "mend the files, or set data.bad_rows=drop: bad rows are then left out and counted"
-            )
+            problems.append("mend the files, or set data.bad_rows=drop: bad rows are then left out and counted")
         raise UserError("\n".join(dict.fromkeys(problems)))
     return loaded
 
@@ -121,9 +119,7 @@ class _Reader:
         if problems:
             raise UserError("\n".join(problems))
         return {
-            split: dict(Counter(fault.reason for fault in faults))
-            for split, faults in self.faults.items()
-            if faults
+            split: dict(Counter(fault.reason for fault in faults)) for split, faults in self.faults.items() if faults
         }
 
 
@@ -147,16 +143,12 @@ def _load_task(task: Task, source: Source, data: DataSettings, *, split: str, se
         evaluation = tuple(reader.rows["dev"])
     elif split == "validation":
         train, evaluation = carve_validation(train, task=task.name)
-    train = balanced_subset(
-        train, task.labels, data.max_train_rows, seed=seed, task=task.name, purpose="train"
-    )
+    train = balanced_subset(train, task.labels, data.max_train_rows, seed=seed, task=task.name, purpose="train")
     evaluation = balanced_subset(
         evaluation, task.labels, data.max_test_rows, seed=seed, task=task.name, purpose="evaluation"
     )
     if not train or not evaluation:
-        raise UserError(
-            f"{task.files['train']}: too few rows to set some apart for validation; add rows or a dev"
-        )
+        raise UserError(f"{task.files['train']}: too few rows to set some apart for validation; add rows or a dev")
     return TaskData(
         task=task,
         train=train,

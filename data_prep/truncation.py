@@ -69,8 +69,7 @@ def cut_passages(prompts: Sequence[Prompt], encode: Encode, budget: int) -> list
     long = [index for index, ids in enumerate(whole) if len(ids) > budget]
     emptied = encode([prompts[i].with_removed(prompts[i].cuttable) for i in long])
     searches = [
-        _Search(i, prompts[i], 0, len(whole[i]), prompts[i].cuttable, ids)
-        for i, ids in zip(long, emptied, strict=True)
+        _Search(i, prompts[i], 0, len(whole[i]), prompts[i].cuttable, ids) for i, ids in zip(long, emptied, strict=True)
     ]
     # All prompts take their next step together: tokenizers are several times faster on many texts at once.
     active = [search for search in searches if len(search.ids) <= budget and search.enough > 1]

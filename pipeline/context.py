@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from data_prep.batches import Example, collate
+from data_prep.batches import Example, Family, collate
 from pipeline.engine import Ranks, TaskEngine
 from pipeline.models import LabelLoss
 from pipeline.seeds import generator
@@ -21,7 +21,7 @@ class Context:
         model: nn.Module,
         *,
         ranks: Ranks,
-        family: str,
+        family: Family,
         pad_id: int,
         targets: Sequence[str],
         task_index: int,

@@ -225,7 +225,8 @@ class TaskEngine:
         """The averaged gradient of the global batch, between the last backward and the step. Collective."""
         gradient = safe_get_full_grad(parameter)
         assert gradient is not None, "gradients are readable between the last backward and the step only"
-        return gradient.detach().float()
+        whole: Tensor = gradient.detach().float()
+        return whole
 
     def first_moment(self, parameter: nn.Parameter) -> Tensor:
         """Adam's `exp_avg`, whole, float32. Collective."""
@@ -234,13 +235,15 @@ class TaskEngine:
         else:
             moment = safe_get_full_optimizer_state(parameter, "exp_avg")
         assert moment is not None, "moments exist after the first step only"
-        return moment.detach().float().reshape(_full_shape(parameter))
+        whole: Tensor = moment.detach().float().reshape(_full_shape(parameter))
+        return whole
 
     def master(self, parameter: nn.Parameter) -> Tensor:
         """The float32 master copy, whole, on the CPU. Collective."""
         value = parameter if self._stage == 0 else safe_get_full_fp32_param(parameter)
         assert value is not None, "only trained tensors have a master copy"
-        return value.detach().float().cpu().reshape(_full_shape(parameter)).clone()
+        whole: Tensor = value.detach().float().cpu().reshape(_full_shape(parameter)).clone()
+        return whole
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set a trained tensor, the float32 master and the forward's copy. Collective."""
@@ -253,7 +256,8 @@ class TaskEngine:
         else:
             # The full setter fails on the last rank where the shards do not divide the tensor; a padded shard of
             # this rank's own does not.
-            shard = parameter.ds_tensor.numel()
+            scattered: Any = parameter  # DeepSpeed adds attributes to its parameters
+            shard = scattered.ds_tensor.numel()
             padded = torch.zeros(shard * self._world, device=value.device)
             padded[: value.numel()] = value.flatten()
             safe_set_local_fp32_param(parameter, padded[dist.get_rank() * shard :][:shard])

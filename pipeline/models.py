@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
@@ -18,12 +19,14 @@ from transformers import (
     AutoConfig,
     LlamaForCausalLM,
     LlamaTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     T5ForConditionalGeneration,
     T5Tokenizer,
 )
 
 from data_prep.errors import UserError
+from data_prep.sentencepiece_bpe import follow_sentencepiece, read_bpe
 from pipeline.adapters.lora import Factors, summed_update
 from pipeline.recipe import SYNTHETIC, Model
 from pipeline.tiny import ensure_tiny_backbone
@@ -37,7 +40,6 @@ class _Family(NamedTuple):
 
     model_type: str  # as config.json names it
     model_class: Any
-    tokenizer_class: Any
     vocabulary_files: tuple[str, ...]
     default_targets: tuple[str, ...]  # q and v of every attention, as the O-LoRA line of work has them
     head: str  # the output projection, never an adapter's target
@@ -45,12 +47,11 @@ class _Family(NamedTuple):
 
 FAMILIES: Mapping[str, _Family] = {
     "t5": _Family(
-        "t5", T5ForConditionalGeneration, T5Tokenizer, ("spiece.model", "tokenizer.json"), ("q", "v"), "lm_head"
+        "t5", T5ForConditionalGeneration, ("spiece.model", "tokenizer.json"), ("q", "v"), "lm_head"
     ),
     "llama2": _Family(
         "llama",
         LlamaForCausalLM,
-        LlamaTokenizer,
         ("tokenizer.model", "tokenizer.json"),
         ("q_proj", "v_proj"),
         "lm_head",
@@ -139,13 +140,13 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_tokenizer(folder: str | Path, family: str) -> PreTrainedTokenizerBase:
-    """The family's tokenizer, chosen by model type; without a padding token, `<unk>` pads.
+def load_tokenizer(folder: Path, family: str) -> PreTrainedTokenizerBase:
+    """The family's tokenizer, with sentencepiece's own ids; without a padding token, `<unk>` pads.
 
-    Never by AutoTokenizer: on a LLaMA folder without tokenizer_config.json it gives other ids.
+    Chosen by model type: AutoTokenizer gives other ids on a LLaMA folder without tokenizer_config.json.
     """
     try:
-        tokenizer = FAMILIES[family].tokenizer_class.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = _llama_tokenizer(folder) if family == "llama2" else _t5_tokenizer(folder)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.path: {folder}: the tokenizer cannot be read ({error})") from error
     if tokenizer.pad_token_id is None:
@@ -153,10 +154,27 @@ def load_tokenizer(folder: str | Path, family: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _t5_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = T5Tokenizer.from_pretrained(str(folder), local_files_only=True)
+    return tokenizer
+
+
+def _llama_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if (folder / "tokenizer.json").is_file():
+        tokenizer: LlamaTokenizer = LlamaTokenizer.from_pretrained(str(folder), local_files_only=True)
+    else:
+        # from_pretrained on a bare tokenizer.model ranks merges by id, and gives other ids after double spaces.
+        vocabulary, merges = read_bpe(folder / "tokenizer.model")
+        tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges)
+    follow_sentencepiece(tokenizer.backend_tokenizer)
+    return tokenizer
+
+
 def load_backbone(folder: Path, family: str, *, dtype: torch.dtype) -> nn.Module:
     """The frozen backbone of `folder` on the CPU, in `dtype`, in evaluation mode."""
+    transformers.logging.disable_progress_bar()  # a bar per task and rank tells nobody anything
     try:
-        model = FAMILIES[family].model_class.from_pretrained(
+        model: nn.Module = FAMILIES[family].model_class.from_pretrained(
             str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError) as error:
@@ -164,11 +182,11 @@ def load_backbone(folder: Path, family: str, *, dtype: torch.dtype) -> nn.Module
     return model.requires_grad_(False).eval()
 
 
-def skeleton(folder: Path, family: str) -> nn.Module:
+def skeleton(folder: Path, family: str) -> PreTrainedModel:
     """The backbone's modules without weights (on torch's meta device), for counting parameters."""
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        model: nn.Module = FAMILIES[family].model_class(config)
+        model: PreTrainedModel = FAMILIES[family].model_class(config)
     return model
 
 
@@ -225,7 +243,8 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """The tensor `name`, on the CPU, in the file's dtype."""
         with safe_open(self._file_of[name], framework="pt") as tensors:
-            return tensors.get_tensor(name)
+            tensor: Tensor = tensors.get_tensor(name)
+        return tensor
 
 
 class LabelLoss(nn.Module):
@@ -237,7 +256,7 @@ class LabelLoss(nn.Module):
 
     def __init__(self, backbone: nn.Module, family: str) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.family = family
 
     def forward(
@@ -273,4 +292,5 @@ def prepare_for_training(model: nn.Module, *, gradient_checkpointing: bool) -> N
     """Switch to training mode, with recomputed activations where asked for."""
     model.train()
     if gradient_checkpointing:
+        assert isinstance(model, PreTrainedModel)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -37,8 +38,8 @@ def format_plan(recipe: Recipe, *, world: int) -> str:
 
 def trainable_parameters(model: nn.Module, targets: Sequence[str], rank: int) -> int:
     """Parameters of one task's LoRA: r (d_in + d_out) per layer."""
-    layers = [model.get_submodule(name) for name in targets]
-    return sum(rank * (layer.in_features + layer.out_features) for layer in layers)  # type: ignore[operator, misc]
+    layers: list[Any] = [model.get_submodule(name) for name in targets]
+    return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
 def memory_per_rank(
@@ -62,18 +63,16 @@ def _activation_bytes(recipe: Recipe, workload: Workload, model: nn.Module, widt
     """Korthikanti et al. 2022, section 4: s b h (34 + 5 a s / h) bytes per layer in 16 bits, twice in 32; with
     recomputation the layer inputs and one layer; then logits at label positions, with their gradient.
     """
-    config = model.config
-    hidden, heads = config.hidden_size, config.num_attention_heads  # type: ignore[union-attr]
-    layers = config.num_hidden_layers + getattr(config, "num_decoder_layers", 0)  # type: ignore[union-attr, operator]
+    config: Any = model.config
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    layers = config.num_hidden_layers + getattr(config, "num_decoder_layers", 0)
     rows = recipe.training.micro_batch_size
     tokens = max(len(example.input_ids) + len(example.label_ids) for task in workload.tasks for example in task.train)
     labels = max(len(example.label_ids) for task in workload.tasks for example in task.train)
     layer = tokens * rows * hidden * (34 + 5 * heads * tokens / hidden) * width / 2
-    if recipe.engine.gradient_checkpointing:
-        body = tokens * rows * hidden * width * layers + layer
-    else:
-        body = layer * layers
-    return float(body + 3 * 4 * rows * labels * config.vocab_size)  # type: ignore[union-attr, operator]
+    inputs = tokens * rows * hidden * width
+    body = layers * inputs + layer if recipe.engine.gradient_checkpointing else layers * layer
+    return float(body + 3 * 4 * rows * labels * config.vocab_size)
 
 
 def _task_table(workload: Workload) -> list[str]:

@@ -38,6 +38,8 @@ class Group(BaseModel):
 
 
 class Model(Group):
+    """The backbone: family, folder or hub id, the hub's commit."""
+
     family: Literal["t5", "llama2"]
     path: str = Field(min_length=1)  # a folder if it exists, else a hub id org/name, or "synthetic"
     revision: str | None = None  # the hub's commit; required for a hub id
@@ -58,6 +60,8 @@ class CustomTask(Group):
 
 
 class Data(Group):
+    """Where rows come from, how many, and how prompts are built."""
+
     path: str = Field(min_length=1)
     max_train_rows: Positive | None = None
     max_test_rows: Positive | None = None
@@ -70,6 +74,8 @@ class Data(Group):
 
 
 class Order(Group):
+    """The stream: a published order by name, or a list of tasks."""
+
     name: str | None = None
     tasks: Annotated[list[str], Field(min_length=1)] | None = None
 
@@ -109,6 +115,8 @@ MethodSettings = Annotated[SeqLora | IncLora, Field(discriminator="name")]
 
 
 class Adapter(Group):
+    """What is trained, and where it is attached."""
+
     kind: Literal["lora"] | None = None
     rank: Positive = 8
     alpha: Rate = 32
@@ -125,6 +133,8 @@ class TaskTraining(Group):
 
 
 class Training(Group):
+    """One task's optimization; `per_task` changes it for some."""
+
     epochs: Positive = 1
     max_steps: Positive | None = None
     learning_rate: Rate = 1e-3
@@ -154,10 +164,14 @@ class Training(Group):
 
 
 class Batching(Group):
+    """How rows are dealt to micro-batches."""
+
     order: Literal["bucketed", "random"] = "bucketed"
 
 
 class Evaluation(Group):
+    """Which cells are scored, and how."""
+
     cells: Literal["diagonal_and_last", "lower", "lower_and_next", "full"] = "lower_and_next"
     decoding: Literal["greedy"] = "greedy"
     label_scoring: bool = True
@@ -169,6 +183,8 @@ class Evaluation(Group):
 
 
 class Engine(Group):
+    """How DeepSpeed runs it: none of this but precision changes results."""
+
     zero: Literal[0, 1, 2, 3] = 2
     precision: Literal["fp32", "bf16"] = "fp32"
     offload: Literal["none", "optimizer", "parameters"] = "none"
@@ -189,6 +205,8 @@ class Engine(Group):
 
 
 class Output(Group):
+    """The folder of the run."""
+
     dir: str | None = None  # null: runs/<recipe>-<changed overrides>-s<seed>
 
 

@@ -88,9 +88,11 @@ class Progress:
         self._bar: tqdm[Any] | None = None
         if stream is not None and stream.isatty():
             # Some terminals (containers, CI) say that they are 0 x 0: tqdm would show nothing there.
-            shape = {"ncols": 100, "nrows": 2} if 0 in os.get_terminal_size(stream.fileno()) else {}
-            dynamic = not shape
-            self._bar = tqdm(total=total, desc=name, unit=unit, file=stream, dynamic_ncols=dynamic, **shape)
+            sized = 0 not in os.get_terminal_size(stream.fileno())
+            columns, rows = (None, None) if sized else (100, 2)
+            self._bar = tqdm(
+                total=total, desc=name, unit=unit, file=stream, dynamic_ncols=sized, ncols=columns, nrows=rows
+            )
 
     def advance(self, units: int = 1, *, loss: float | None = None, tokens: int = 0) -> None:
         """`units` more are done, with this loss, over so many tokens."""

@@ -67,9 +67,7 @@ def split_values(text: str) -> list[str]:
             open_brackets.append(_CLOSING[character])
         elif character in _CLOSING.values():
             if not open_brackets or open_brackets.pop() != character:
-                raise UserError(
-                    f"{text!r}: the {character!r} at {place + 1} closes nothing; mend the brackets"
-                )
+                raise UserError(f"{text!r}: the {character!r} at {place + 1} closes nothing; mend the brackets")
         elif character == "," and not open_brackets:
             values.append(text[start:place].strip())
             start = place + 1
@@ -104,9 +102,7 @@ def parse_seeds(text: str | None) -> list[int]:
     values = [] if text is None else split_values(text)
     for value in values:
         if not (value.isascii() and value.isdecimal()):
-            raise UserError(
-                f"--seeds: {value!r} is no seed; give whole numbers from 0, such as --seeds 1,2,3"
-            )
+            raise UserError(f"--seeds: {value!r} is no seed; give whole numbers from 0, such as --seeds 1,2,3")
     return [int(value) for value in values]
 
 

@@ -16,15 +16,18 @@ PAD, EOS, BOS = 0, 1, 2
 SPECIAL = 3  # ids below this are PAD, EOS and BOS
 
 
-def save_backbone(folder: Path, family: str) -> Path:
-    """Save a random backbone of `family` as config.json and model.safetensors; returns `folder`."""
+def save_backbone(folder: Path, family: str, *, dropout: float = 0.0) -> Path:
+    """Save a random backbone of `family` as config.json and model.safetensors; returns `folder`.
+
+    `dropout` is T5's own, in training mode; LLaMA has none.
+    """
     torch.manual_seed({"t5": 11, "llama2": 12}[family])
-    model = _t5() if family == "t5" else _llama()
+    model = _t5(dropout) if family == "t5" else _llama()
     model.save_pretrained(folder)
     return folder
 
 
-def _t5() -> T5ForConditionalGeneration:
+def _t5(dropout: float) -> T5ForConditionalGeneration:
     config = T5Config(
         vocab_size=VOCABULARY,
         d_model=WIDTH,
@@ -32,7 +35,7 @@ def _t5() -> T5ForConditionalGeneration:
         num_heads=3,
         d_ff=20,
         num_layers=2,
-        dropout_rate=0.1,
+        dropout_rate=dropout,
         tie_word_embeddings=False,
         pad_token_id=PAD,
         eos_token_id=EOS,

@@ -50,7 +50,8 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [..., d_in] -> [..., d_out]
         """`base(x) + s B A dropout(x)`."""
         branch = F.linear(F.linear(self.dropout(x), self.A), self.B)
-        return self.base(x) + self.scale * branch
+        output: Tensor = self.base(x) + self.scale * branch
+        return output
 
 
 def new_factors(

@@ -38,8 +38,7 @@ class Custom:
 def some_rows(split: str, count: int, labels: Sequence[str] = LABELS) -> list[dict[str, str]]:
     """Rows whose sentences differ within and across splits, labels in turn."""
     return [
-        {"label": labels[k % len(labels)], "sentence": f"Text: the {split} kettle number {k} \n"}
-        for k in range(count)
+        {"label": labels[k % len(labels)], "sentence": f"Text: the {split} kettle number {k} \n"} for k in range(count)
     ]
 
 

@@ -38,6 +38,7 @@ def random_model(family: str) -> Any:
                 tie_word_embeddings=False,
             )
         )
+        model.lm_head.weight.data *= 0.05  # scores of a size that float32 resolves to 1e-4
         model.lm_head.weight.data[-100:] *= 0.5  # the sentinels: nearly half of the vocabulary
         # As large as a trained T5's, so that a wrong position shows.
         model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.data.mul_(20)
@@ -70,6 +71,30 @@ def examples_of(tokenizer: Any, family: str) -> list[Example]:
 
 def option_ids(tokenizer: Any, labels: list[str]) -> list[tuple[int, ...]]:
     return [(*tokenizer(label, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id) for label in labels]
+
+
+def full_texts(model: Any, tokenizer: Any, family: str) -> list[str]:
+    """What `generate` says to each prompt alone, with nothing stopped."""
+    texts = []
+    for example in examples_of(tokenizer, family):
+        ids = torch.tensor([example.input_ids])
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=50,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0,
+        )
+        new = output[0, 1:] if family == "t5" else output[0, ids.shape[1] :]
+        texts.append(tokenizer.decode(new, skip_special_tokens=True))
+    return texts
+
+
+@cache
+def random_texts(family: str) -> list[str]:
+    """What `random_model` says."""
+    return full_texts(random_model(family), tokenizer_of(family), family)
 
 
 def run(model: Any, tokenizer: Any, family: str, labels: list[str], **changes: Any) -> list[Prediction]:

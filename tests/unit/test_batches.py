@@ -144,9 +144,7 @@ def test_truncation_finds_about_the_longest_prompt_that_fits(family: str) -> Non
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_second_sentence_is_whole_until_the_first_is_gone(family: str) -> None:
     long = "The mill stands on the river and grinds oats. " * 8
-    prompt = build_prompt(
-        task_of("NLI"), FORMS["NLI"].format(long, long), add_task_name=True, add_dataset_name=True
-    )
+    prompt = build_prompt(task_of("NLI"), FORMS["NLI"].format(long, long), add_task_name=True, add_dataset_name=True)
     whole = len(reference_of(family).encode(prompt.text)) + 1
     shorter = encode_one(FORMS["NLI"].format(long, long), family, "NLI", max_source_tokens=whole - 9)
     text = tokenizer_of(family).decode(pieces_of(shorter, family))
@@ -161,9 +159,7 @@ def test_the_second_sentence_is_whole_until_the_first_is_gone(family: str) -> No
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_that_cannot_fit_is_refused_with_the_limit_it_needs(family: str) -> None:
-    with pytest.raises(
-        UserError, match=r"task plants, row 7: .* data\.max_source_tokens is 12; raise it"
-    ) as caught:
+    with pytest.raises(UserError, match=r"task plants, row 7: .* data\.max_source_tokens is 12; raise it") as caught:
         encode_one("An oak.", family, max_source_tokens=12)
     needed = int(str(caught.value).split("at least ")[1].split(" ")[0])
     assert len(encode_one("An oak.", family, max_source_tokens=needed).input_ids) <= needed
@@ -186,9 +182,7 @@ def test_legacy_truncation_cuts_the_end_of_the_prompt(family: str) -> None:
 
 def test_a_tokenizer_without_bos_cannot_serve_llama() -> None:
     with pytest.raises(UserError, match="has no BOS token"):
-        encode_rows(
-            task_of(), [Row(0, "An oak.", "Tree")], tokenizer_of("t5"), family="llama2", data=Settings()
-        )
+        encode_rows(task_of(), [Row(0, "An oak.", "Tree")], tokenizer_of("t5"), family="llama2", data=Settings())
 
 
 LONG = Example(0, (5, 6, 7, 8), (9, 1), truncated=False)

@@ -21,9 +21,7 @@ PINNED_BUCKETED = [[[7, 2], [1, 3]], [[4, 6], [5, 0]], [[9, 8], [-1, -1]]]
 PINNED_RANDOM = [[[1, 2], [4, 6]], [[7, 0], [5, 3]], [[9, 8], [-1, -1]]]
 
 
-def plan(
-    lengths: Sequence[int], size: int = 16, micro: int = 4, order: str = "bucketed", **seeds: int
-) -> Plan:
+def plan(lengths: Sequence[int], size: int = 16, micro: int = 4, order: str = "bucketed", **seeds: int) -> Plan:
     numbers: dict[str, Any] = {"seed": 3, "task_index": 1, "epoch": 0, **seeds}
     return plan_steps(lengths, global_batch_size=size, micro_batch_size=micro, order=order, **numbers)
 

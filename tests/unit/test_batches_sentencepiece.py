@@ -88,9 +88,7 @@ def test_real_labels(real: tuple[str, Path, str, SentencePieceProcessor]) -> Non
     _, folder, family, reference = real
     for exact in (True, False):
         tokenizer = load(folder, family, exact=exact)
-        for label, ids in zip(
-            LABELS, encode_labels(bare_task(LABELS), tokenizer, family=family), strict=True
-        ):
+        for label, ids in zip(LABELS, encode_labels(bare_task(LABELS), tokenizer, family=family), strict=True):
             assert list(ids) == [*reference.encode(label), reference.eos_id()]
             assert reference.id_to_piece(ids[0]).startswith("▁"), "a label begins with its space"
             if reference.unk_id() not in ids:
@@ -176,9 +174,7 @@ def test_any_text(family: str, words: list[str]) -> None:
 @pytest.mark.parametrize("setting", [True, False])
 def test_one_bos_whatever_the_tokenizer_adds_itself(setting: bool) -> None:
     source = tokenizer_of("llama2")
-    tokenizer = LlamaTokenizer(
-        vocab=source.get_vocab(), merges=[], add_bos_token=setting, add_eos_token=setting
-    )
+    tokenizer = LlamaTokenizer(vocab=source.get_vocab(), merges=[], add_bos_token=setting, add_eos_token=setting)
     assert (tokenizer("oak").input_ids[0] == tokenizer.bos_token_id) is setting, "the setting takes effect"
     (example,) = encode(["oak"], tokenizer, "llama2")
     assert example.input_ids.count(tokenizer.bos_token_id) == 1

@@ -108,9 +108,7 @@ def test_bad_lines_are_named_together_and_can_be_dropped(tmp_path):
 
 def test_bad_rows_of_an_array_are_named(tmp_path):
     path = tmp_path / "rows.json"
-    path.write_bytes(
-        b'[{"text": "one", "answer": "1"}, "two", {"text": "thr\xff", "answer": "1"}, {"text": "f"}]'
-    )
+    path.write_bytes(b'[{"text": "one", "answer": "1"}, "two", {"text": "thr\xff", "answer": "1"}, {"text": "f"}]')
     message = refused(custom(str(path), write(tmp_path, "csv", [("a test", "1")])))
     assert "3 bad rows of 4" in message
     assert "row 1: a str" in message
@@ -143,9 +141,7 @@ def test_file_that_cannot_be_read_is_refused(tmp_path, name, content, words, cap
 def test_missing_file_and_wrong_labels_are_told_at_their_key(tmp_path):
     path = write(tmp_path, "json", ROWS)
     assert refused(custom(path, str(tmp_path / "no.json"))).startswith("data.tasks.mine.test: no file ")
-    assert refused(custom(path, path, labels=["a", "A"])).startswith(
-        "data.tasks.mine.labels: labels occur twice"
-    )
+    assert refused(custom(path, path, labels=["a", "A"])).startswith("data.tasks.mine.labels: labels occur twice")
 
 
 def test_dev_of_its_own_is_the_validation_set(tmp_path):
@@ -158,9 +154,7 @@ def test_dev_of_its_own_is_the_validation_set(tmp_path):
 def test_own_task_stands_beside_the_folders_but_not_under_the_same_name(tmp_path):
     write_task(tmp_path)
     own = custom(write(tmp_path, "json", ROWS), write(tmp_path, "json", [("a test", "1")]))
-    loaded = load_tasks(
-        Settings(str(tmp_path), tasks={"mine": own}), ["mine", "kettles"], split="test", seed=1
-    )
+    loaded = load_tasks(Settings(str(tmp_path), tasks={"mine": own}), ["mine", "kettles"], split="test", seed=1)
     assert [data.task.name for data in loaded] == ["mine", "kettles"]
     with pytest.raises(UserError, match=r'no task "min" .*\(did you mean "mine"\?\)'):
         load_tasks(Settings(str(tmp_path), tasks={"mine": own}), ["mine", "min"], split="test", seed=1)

@@ -72,8 +72,7 @@ CONVERSIONS = {
         },
         (
             "B",
-            'Which sentence is the effect of "It fell."? Choose one between A and B.'
-            "\nA: It rang.\nB: It broke.",
+            'Which sentence is the effect of "It fell."? Choose one between A and B.\nA: It rang.\nB: It broke.',
         ),
     ),
 }
@@ -181,9 +180,7 @@ def test_same_seed_makes_the_same_bytes(tmp_path):
 
 def test_train_has_a_thousand_a_class_and_nothing_of_test():
     source = HUB_SOURCES["IMDB"]
-    rows = [{"label": int(k >= 1500), "text": f"film {k}"} for k in range(2300)] + [
-        {"label": -1, "text": "x"}
-    ]
+    rows = [{"label": int(k >= 1500), "text": f"film {k}"} for k in range(2300)] + [{"label": -1, "text": "x"}]
     train = choose_train_rows(source, Dataset.from_list(rows), 1, exclude={f"film {k}" for k in range(600)})
     assert Counter(row["label"] for row in train) == {"Bad": 900, "Good": 800}
     assert all(int(row["sentence"].split()[1]) >= 600 for row in train)
@@ -233,16 +230,12 @@ def test_faults_are_told_and_leave_nothing_behind(tmp_path):
     assert "train.parquet cannot be read" in refused(tmp_path)
     Dataset.from_list([{"text": "film"}]).to_parquet(str(tmp_path / "hub" / "IMDB" / "train.parquet"))
     assert "the data set has the columns text; needed: label, text" in refused(tmp_path)
-    Dataset.from_list([{"label": -1, "text": "film"}]).to_parquet(
-        str(tmp_path / "hub" / "IMDB" / "train.parquet")
-    )
+    Dataset.from_list([{"label": -1, "text": "film"}]).to_parquet(str(tmp_path / "hub" / "IMDB" / "train.parquet"))
     assert "no usable row in train" in refused(tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(
-    os.environ.get("CL_TEST_NETWORK") != "1", reason="CL_TEST_NETWORK=1 not set: this test downloads"
-)
+@pytest.mark.skipif(os.environ.get("CL_TEST_NETWORK") != "1", reason="CL_TEST_NETWORK=1 not set: this test downloads")
 def test_download_makes_a_folder(tmp_path):
     counts = make_folder(tmp_path / "out", ["COPA", "CB", "RTE"], seed=1, local=None)
     assert counts == {

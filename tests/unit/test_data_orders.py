@@ -36,9 +36,7 @@ def test_published_configs_agree_with_the_orders(mini_dir):
 
 
 def test_unknown_order_names_the_nearest_and_all():
-    with pytest.raises(
-        UserError, match=r'no order "order11" \(did you mean "order1"\?\); known orders: order1, '
-    ):
+    with pytest.raises(UserError, match=r'no order "order11" \(did you mean "order1"\?\); known orders: order1, '):
         order_tasks("order11")
 
 

@@ -61,6 +61,12 @@ def test_subset_depends_on_seed_and_task_alone():
     assert subset(rows, 30) != subset(rows, 30, task="u")
 
 
+def test_rows_outside_the_labels_come_last():
+    rows = [Row(k, f"sentence {k}", "-" if k < 3 else "a") for k in range(6)]
+    assert [row.id for row in subset(rows, 3)] == [3, 4, 5]
+    assert [row.label for row in subset(rows, 5)] == ["-", "-", "a", "a", "a"]
+
+
 def test_no_total_keeps_every_row():
     rows = [Row(k, "same", "-") for k in range(3)]
     assert subset(rows, None) == tuple(rows)

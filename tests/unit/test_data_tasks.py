@@ -94,9 +94,7 @@ def test_all_unknown_tasks_are_named_in_one_message(tmp_path):
     assert "there are: kettles, teapots" in message
 
 
-@pytest.mark.parametrize(
-    ("path", "words"), [("nowhere", "does not exist"), ("file", "is a file"), (".", "no task")]
-)
+@pytest.mark.parametrize(("path", "words"), [("nowhere", "does not exist"), ("file", "is a file"), (".", "no task")])
 def test_path_without_a_benchmark_is_refused(tmp_path, path, words):
     (tmp_path / "file").write_text("")
     message = refused(tmp_path / path)
@@ -215,9 +213,7 @@ def test_dev_that_is_the_test_file_is_never_read(tmp_path, packed):
 
 def test_dev_apart_from_test_is_the_validation_set(tmp_path):
     write_task(tmp_path, dev=some_rows("dev", 5))
-    assert [row.sentence for row in load_one(tmp_path).evaluation] == [
-        r["sentence"] for r in some_rows("test", 6)
-    ]
+    assert [row.sentence for row in load_one(tmp_path).evaluation] == [r["sentence"] for r in some_rows("test", 6)]
     data = load_one(tmp_path, split="validation")
     assert [row.sentence for row in data.evaluation] == [r["sentence"] for r in some_rows("dev", 5)]
     assert len(data.train) == 20

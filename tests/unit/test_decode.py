@@ -1,7 +1,6 @@
 """Generation with early stopping against transformers' own `generate`, on random and on the mini models."""
 
 import random
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,34 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import FAMILIES, examples_of, random_model, run
+from random_models import FAMILIES, examples_of, full_texts, random_model, random_texts, run
 from small_tokenizers import tokenizer_of
 from transformers import LlamaForCausalLM, LlamaTokenizer, T5ForConditionalGeneration, T5Tokenizer
 
 from eval.decode import Prediction, plan_batches
 from eval.generation import TextFollower, generate_greedily
 from eval.scoring import exact_match, normalise
-
-
-def full_texts(model: Any, tokenizer: Any, family: str) -> list[str]:
-    """What `generate` says to each prompt alone, with nothing stopped."""
-    texts = []
-    for example in examples_of(tokenizer, family):
-        ids = torch.tensor([example.input_ids])
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=50,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=0,
-        )
-        new = output[0, 1:] if family == "t5" else output[0, ids.shape[1] :]
-        texts.append(tokenizer.decode(new, skip_special_tokens=True))
-    return texts
-
-
-random_texts = cache(lambda family: full_texts(random_model(family), tokenizer_of(family), family))
 
 
 def check_matches(predictions: list[Prediction], texts: list[str], labels: list[str]) -> None:

@@ -80,12 +80,8 @@ def test_prompt_of_a_real_row(mini_dir: Path, family: str, name: str) -> None:
     ],
 )
 def test_name_lines_are_optional(add_task_name: bool, add_dataset_name: bool, lines: str) -> None:
-    prompt = build_prompt(
-        task_of("TC"), "An oak.", add_task_name=add_task_name, add_dataset_name=add_dataset_name
-    )
-    assert prompt.text == (
-        f"{lines}Which is it? Choose one from the option.\nOption: Tree, Moss \nAn oak.\nAnswer:"
-    )
+    prompt = build_prompt(task_of("TC"), "An oak.", add_task_name=add_task_name, add_dataset_name=add_dataset_name)
+    assert prompt.text == (f"{lines}Which is it? Choose one from the option.\nOption: Tree, Moss \nAn oak.\nAnswer:")
 
 
 def test_passage_of_a_multirc_row_ends_before_its_question() -> None:

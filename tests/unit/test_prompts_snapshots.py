@@ -59,8 +59,7 @@ TASKS = {
     "RTE": (
         "NLI",
         "contradiction|entailment",
-        "sentence 1: The clock in the town hall was built in 1911 by Ada Venn.\n"
-        "sentence 2: Ada Venn built a clock.",
+        "sentence 1: The clock in the town hall was built in 1911 by Ada Venn.\nsentence 2: Ada Venn built a clock.",
     ),
     "QQP": (
         "QQP",
@@ -71,8 +70,7 @@ TASKS = {
     "BoolQA": (
         "BoolQA",
         "True|False",
-        "question: do owls sleep at night\n"
-        "passage: Owl -- Most owls hunt in the dark and rest by day in hollow trees.",
+        "question: do owls sleep at night\npassage: Owl -- Most owls hunt in the dark and rest by day in hollow trees.",
     ),
     "MultiRC": (
         "MultiRC",

@@ -60,9 +60,7 @@ def tensors(draw):
     shape = draw(st.lists(st.integers(0, 3), max_size=3))
     count = torch.Size(shape).numel()
     if dtype is torch.bool:
-        return torch.tensor(
-            draw(st.lists(st.booleans(), min_size=count, max_size=count)), dtype=dtype
-        ).reshape(shape)
+        return torch.tensor(draw(st.lists(st.booleans(), min_size=count, max_size=count)), dtype=dtype).reshape(shape)
     size = count * dtype.itemsize
     data = draw(st.binary(min_size=size, max_size=size))  # any bits: NaN payloads, negative zeros, infinities
     empty = torch.empty(shape, dtype=dtype)
@@ -71,9 +69,7 @@ def tensors(draw):
 
 @many
 @given(
-    trained=st.dictionaries(
-        st.text(st.characters(codec="utf-8"), min_size=1, max_size=8), tensors(), max_size=4
-    ),
+    trained=st.dictionaries(st.text(st.characters(codec="utf-8"), min_size=1, max_size=8), tensors(), max_size=4),
     memory=st.dictionaries(st.text("abc.", min_size=1, max_size=8), tensors(), max_size=3),
 )
 def test_tensors_come_back_bit_for_bit(tmp_path_factory, trained, memory):
@@ -91,9 +87,7 @@ def test_views_and_shared_storage_are_written_as_what_they_show(tmp_path):
     trained = {"whole": base, "again": base, "transposed": base.T, "part": base[1:, :2], "row": base[2]}
     publish(StageStore(tmp_path), trained=trained)
     loaded = StageStore(tmp_path).find(1, KEY).load_trained()
-    assert {name: t.tolist() for name, t in loaded.items()} == {
-        name: t.tolist() for name, t in trained.items()
-    }
+    assert {name: t.tolist() for name, t in loaded.items()} == {name: t.tolist() for name, t in trained.items()}
 
 
 json_values = st.recursive(

@@ -86,19 +86,13 @@ def sweep(tmp_path, recipe, monkeypatch):
 
 
 def states(table):
-    cells = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in table.splitlines()
-        if line.startswith("|")
-    ]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
     return {row[0]: row[1:] for row in cells[2:]}
 
 
 # --- the product ---
 
-plain = (
-    st.text(st.characters(codec="utf-8", exclude_characters=",[]{}"), min_size=1).map(str.strip).filter(bool)
-)
+plain = st.text(st.characters(codec="utf-8", exclude_characters=",[]{}"), min_size=1).map(str.strip).filter(bool)
 nested = st.recursive(
     plain,
     lambda inner: (
@@ -293,13 +287,9 @@ def test_runs_under_a_launcher_get_a_port_each(tmp_path, sweep, monkeypatch):
     )
     launcher.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    assert (
-        sweep(MEETING, "--seeds", "1,2", "--jobs", "2", "--launcher", "deepspeed --num_accelerators 2") == 0
-    )
+    assert sweep(MEETING, "--seeds", "1,2", "--jobs", "2", "--launcher", "deepspeed --num_accelerators 2") == 0
     logs = [(tmp_path / "out" / f"small-s{seed}.log").read_text() for seed in (1, 2)]
-    asked = [
-        re.search(r"asked \['--master_port=(\d+)', '--num_accelerators', '2', '(.*?)'", log) for log in logs
-    ]
+    asked = [re.search(r"asked \['--master_port=(\d+)', '--num_accelerators', '2', '(.*?)'", log) for log in logs]
     assert asked[0][1] != asked[1][1]
     assert asked[0][2] == str(tmp_path / "stand_in.py")
 
@@ -321,8 +311,7 @@ def stop(number, frame):
     sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
 mark(f"pid-{recipe.seed}", str(os.getpid()))
-while True:
-    time.sleep(0.05)
+time.sleep(60)  # to be stopped; never left behind for long
 """
 )
 DEAF = (
@@ -330,8 +319,7 @@ DEAF = (
     + """
 signal.signal(signal.SIGTERM, lambda *_: mark(f"told-{recipe.seed}"))
 mark(f"pid-{recipe.seed}", str(os.getpid()))
-while True:
-    time.sleep(0.05)
+time.sleep(60)  # to be stopped; never left behind for long
 """
 )
 SLOW = (
@@ -343,8 +331,7 @@ def stop(number, frame):
     sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
 mark(f"pid-{recipe.seed}", str(os.getpid()))
-while True:
-    time.sleep(0.05)
+time.sleep(60)  # to be stopped; never left behind for long
 """
 )
 # As DeepSpeed's launcher: starts the rank, waits, and dies of a signal without a word to it.

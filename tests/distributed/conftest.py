@@ -1,0 +1,133 @@
+"""Runs all cases that the selected tests ask for in one lone rank and one pair of ranks."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_cases import Case
+from random_backbones import save_backbone
+
+HERE = Path(__file__).resolve().parent
+START_SECONDS = 120  # importing DeepSpeed on a busy machine
+CASE_SECONDS = 20
+FIGURES: dict[tuple[str, str], float] = {}
+
+
+class Group:
+    """Some ranks, running the cases."""
+
+    def __init__(self, world: int, cases: list[Case], backbones: Path, out: Path) -> None:
+        self.world, self._out = world, out
+        out.mkdir()
+        (out / "cases").write_bytes(pickle.dumps(cases))
+        self._log = out / "log"
+        self._deadline = time.monotonic() + START_SECONDS + CASE_SECONDS * len(cases)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        paths = [HERE, HERE.parent, HERE.parent.parent]
+        self._ranks = []
+        for rank in range(world):
+            environment = os.environ | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            }
+            with self._log.open("ab") as log:
+                command = [sys.executable, HERE / "rank_worker.py", out / "cases", backbones, out]
+                self._ranks.append(
+                    subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                )
+
+    def wait(self) -> None:
+        """Until all ranks are done; where one fails the others, who may wait for it, are killed."""
+        while any(rank.poll() is None for rank in self._ranks):
+            failed = any(rank.poll() not in (None, 0) for rank in self._ranks)
+            if failed or time.monotonic() > self._deadline:
+                self.kill()
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        for rank in self._ranks:
+            rank.kill()
+            rank.wait()
+
+    def results(self, case: Case) -> list[dict[str, Any]]:
+        """Each rank's result of the case."""
+        results = []
+        for rank in range(self.world):
+            path = self._out / f"{case}.{rank}.pt"
+            if not path.exists():
+                pytest.fail(f"rank {rank} of {self.world} never ended {case}:\n{self._log.read_text()[-4000:]}")
+            result = torch.load(path, weights_only=True)
+            if "error" in result:
+                pytest.fail(f"rank {rank} of {self.world}, {case}:\n{result['error']}")
+            results.append(result)
+        return results
+
+
+class Runs:
+    """What was run: results by world size, and figures for the table at the end."""
+
+    def __init__(self, groups: Mapping[int, Group], backbones: Path) -> None:
+        self._groups = groups
+        self.backbones = backbones
+
+    def one(self, case: Case) -> dict[str, Any]:
+        """The lone rank's result."""
+        return self._groups[1].results(case)[0]
+
+    def two(self, case: Case) -> list[dict[str, Any]]:
+        """Both ranks' results."""
+        return self._groups[2].results(case)
+
+    def note(self, case: Case, figure: str, value: float) -> float:
+        """Keep a measured figure for the table."""
+        FIGURES[str(case), figure] = value
+        return value
+
+
+@pytest.fixture(scope="session")
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """All cases named by a selected test's parameter `case`, run on 1 and on 2 ranks."""
+    chosen = [item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")]
+    cases = list(dict.fromkeys(case for case in chosen if isinstance(case, Case)))
+    folder = tmp_path_factory.mktemp("ranks")
+    for case in cases:
+        save_backbone(folder / "backbones" / case.backbone, case.family, dropout=case.dropout)
+    groups: dict[int, Group] = {}
+    try:
+        for world in (1, 2):
+            groups[world] = Group(world, cases, folder / "backbones", folder / str(world))
+        for group in groups.values():
+            group.wait()
+        yield Runs(groups, folder / "backbones")
+    finally:
+        for group in groups.values():
+            group.kill()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The measured figures, one line a case."""
+    if not FIGURES:
+        return
+    terminalreporter.section("measured under DeepSpeed (relative Frobenius norms)")
+    lines: dict[str, list[str]] = {}
+    for (case, figure), value in FIGURES.items():
+        lines.setdefault(case, []).append(f"{figure} {value:.1e}")
+    for case, figures in lines.items():
+        terminalreporter.write_line(f"{case:46} {'  '.join(figures)}")

@@ -1,0 +1,76 @@
+"""What one process group is asked to run: cases, and the rows and settings that they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.loop import Step, plan_task
+from pipeline.recipe import Adapter, Batching, Engine, Training
+from random_backbones import random_examples
+
+SEED = 7
+# Three steps an epoch; the third has 5 rows of 8: two full micro-batches, one half empty, one of padding alone.
+ROWS = 21
+# eps 1e-4: with 1e-8 Adam turns rounding noise in near-zero gradients into steps of full size (methods.md 8.7).
+TRAINING = Training(
+    epochs=2,
+    learning_rate=1e-2,
+    schedule="cosine",
+    warmup_steps=2,
+    global_batch_size=8,
+    micro_batch_size=2,
+    adam_eps=1e-4,
+    weight_decay=0.1,
+    gradient_clipping=1.0,
+)
+WRITE_AFTER = 3  # the step after which the case "access" writes tensors
+L2 = 0.05  # of the case "penalty"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of `rank_runs.RUNS[run]`; every rank of a group runs it."""
+
+    run: str
+    family: str = "t5"
+    zero: int = 0
+    offload: str = "none"
+    precision: str = "fp32"
+    dropout: float = 0.0
+    method: str = "inclora"
+    checkpointing: bool = False
+
+    def __str__(self) -> str:
+        parts = [self.run, self.family, f"zero{self.zero}"]
+        parts += [] if self.offload == "none" else [f"{self.offload}-offload"]
+        parts += [] if self.precision == "fp32" else [self.precision]
+        parts += ["dropout"] if self.dropout else []
+        parts += [] if self.method == "inclora" else [self.method]
+        parts += ["checkpointing"] if self.checkpointing else []
+        return "-".join(parts)
+
+    @property
+    def backbone(self) -> str:
+        """The folder of its backbone: T5 has a dropout of its own."""
+        return f"{self.family}-dropout" if self.dropout else self.family
+
+    @property
+    def engine(self) -> Engine:
+        return Engine(
+            zero=self.zero,
+            offload=self.offload,
+            precision=self.precision,
+            gradient_checkpointing=self.checkpointing,
+        )
+
+    @property
+    def adapter(self) -> Adapter:
+        return Adapter(rank=3, alpha=6, dropout=self.dropout)
+
+    @property
+    def examples(self):
+        return random_examples(ROWS, self.family)
+
+    @property
+    def steps(self) -> list[Step]:
+        return plan_task(self.examples, TRAINING, Batching(), seed=SEED, task_index=1)
