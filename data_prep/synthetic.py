@@ -116,14 +116,10 @@ class Question:
 
 
 TASKS = (
-    Question(
-        "SUBJECT", "notes", "What is the note about?", ("Food", "Boats and Sea", "Gardens", "Music"), _subject
-    ),
+    Question("SUBJECT", "notes", "What is the note about?", ("Food", "Boats and Sea", "Gardens", "Music"), _subject),
     Question("FEELING", "letters", "How did the writer feel?", ("pleased", "annoyed", "unmoved"), _mood),
     Question("AMOUNT", "counts", "How much has the person?", ("More", "Fewer", "Equal"), _amount),
-    Question(
-        "KIND", "lists", "Of which kind are the things?", ("Animal", "Tool", "Fruit", "Clothing"), _things
-    ),
+    Question("KIND", "lists", "Of which kind are the things?", ("Animal", "Tool", "Fruit", "Clothing"), _things),
 )
 
 # Practice: the same readings of a text under other words, so that a pretrained model can tell the classes apart
@@ -248,13 +244,9 @@ def cache_root() -> Path:
         except OSError:
             continue
         # a shared temporary folder may hold one that somebody else laid there under our name
-        if os.access(folder, os.W_OK | os.X_OK) and (
-            folder != private or folder.stat().st_uid == os.getuid()
-        ):
+        if os.access(folder, os.W_OK | os.X_OK) and (folder != private or folder.stat().st_uid == os.getuid()):
             return folder
-    raise UserError(
-        f"cache: neither {CHECKOUT / '.cache'} nor {private} can be written; make one of them writable"
-    )
+    raise UserError(f"cache: neither {CHECKOUT / '.cache'} nor {private} can be written; make one of them writable")
 
 
 def publish(name: str, write: Callable[[Path], None]) -> Path:
@@ -280,7 +272,5 @@ def publish(name: str, write: Callable[[Path], None]) -> Path:
     except OSError as fault:
         if final.is_dir():  # another process was first
             return final
-        raise UserError(
-            f"cache: {final} could not be written ({fault}); free space or make {root} writable"
-        ) from fault
+        raise UserError(f"cache: {final} could not be written ({fault}); free space or make {root} writable") from fault
     return final

@@ -32,9 +32,7 @@ class TextFollower:
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of generated ids without special tokens, spaces before punctuation left as they are."""
-        text: str = self._tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def can_continue(self, ids: Sequence[int]) -> bool:

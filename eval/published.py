@@ -64,9 +64,7 @@ def source_legend() -> list[str]:
 
 @cache
 def _facts() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(
-        Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
-    )
+    content: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
     return content
 
 

@@ -59,9 +59,7 @@ def count(predictions: Path, labels: Collection[str], evaluation_rows: int) -> C
             raise UserError(f"{place}: row id {row['id']} stands in line {first[row['id']]} already; {_MEND}")
     scored = sum(row["option"] is not None for row in rows)
     if scored not in (0, len(rows)):
-        raise UserError(
-            f"{predictions}: {scored} of {len(rows)} rows have an option; all or none must; {_MEND}"
-        )
+        raise UserError(f"{predictions}: {scored} of {len(rows)} rows have an option; all or none must; {_MEND}")
     return Cell(
         rows=len(rows),
         exact_match_correct=sum(exact_match(row["prediction"], row["label"]) for row in rows),

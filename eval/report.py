@@ -57,9 +57,7 @@ def format_report(results: Results) -> str:
         "## Time",
         _time_table(results["timing"]),
         "## Versions",
-        _facts_list(
-            {**results["versions"], "git": results["git"], "recipe (SHA-256)": results["recipe_sha256"]}
-        ),
+        _facts_list({**results["versions"], "git": results["git"], "recipe (SHA-256)": results["recipe_sha256"]}),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -75,12 +73,8 @@ def _what_was_run(results: Results) -> str:
         facts["leak"] = results["leak"]["max"]
     done = sum(row[t] is not None for t, row in enumerate(results["matrix"]["exact_match"]))
     total = len(results["order"])
-    unfinished = (
-        f"\n\n**Not finished: {done} of {total} tasks are trained and scored.**" if done < total else ""
-    )
-    return (
-        _facts_list(facts | dict(results["settings"])) + "\n\nThe whole recipe: `recipe.yaml`." + unfinished
-    )
+    unfinished = f"\n\n**Not finished: {done} of {total} tasks are trained and scored.**" if done < total else ""
+    return _facts_list(facts | dict(results["settings"])) + "\n\nThe whole recipe: `recipe.yaml`." + unfinished
 
 
 def _model_facts(model: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -107,9 +101,7 @@ def _matrix_section(results: Results, score: str) -> str:
     """The matrix of one score and, in a second table, its diagonal and last row with their intervals."""
     order, matrix = results["order"], results["matrix"][score]
     rows = [["untrained", *(number(value) for value in results["untrained"][score])]]
-    rows += [
-        [f"after {task}", *(number(value) for value in row)] for task, row in zip(order, matrix, strict=True)
-    ]
+    rows += [[f"after {task}", *(number(value) for value in row)] for task, row in zip(order, matrix, strict=True)]
     intervals = results["intervals"][score]
     spread = [
         [
@@ -145,9 +137,7 @@ def _scalars_table(results: Results) -> str:
         [name, *(number(column[key]) for column in columns.values()), f"`{definition}`"]
         for key, name, definition in DEFINITIONS
     ]
-    legend = (
-        "`a[t, i]`: score on task i after training task t; `b[i]`: the untrained model's; T: number of tasks."
-    )
+    legend = "`a[t, i]`: score on task i after training task t; `b[i]`: the untrained model's; T: number of tasks."
     return _table(["", *columns, "definition"], rows) + "\n\n" + legend
 
 

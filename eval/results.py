@@ -38,12 +38,8 @@ def build_results(run_dir: Path) -> dict[str, Any]:
         "unseen": {task: _unseen(cells, order, task) for task in run.get("unseen") or []},
         "leak": run.get("leak"),
         "recipe_sha256": run["recipe_sha256"],
-        "rows": _per_task(
-            run, {"train": "train_rows", "evaluation": "evaluation_rows", "unmatchable": "unmatchable"}
-        ),
-        "data_fingerprints": _per_task(
-            run, {"train": "train_fingerprint", "evaluation": "evaluation_fingerprint"}
-        ),
+        "rows": _per_task(run, {"train": "train_rows", "evaluation": "evaluation_rows", "unmatchable": "unmatchable"}),
+        "data_fingerprints": _per_task(run, {"train": "train_fingerprint", "evaluation": "evaluation_fingerprint"}),
         "dropped": {task: facts.get("dropped") or {} for task, facts in run["data"].items()},
         "truncated": _per_task(run, {"train": "truncated_train", "evaluation": "truncated_evaluation"}),
         "versions": run.get("versions") or {},
@@ -58,9 +54,7 @@ def _correct(cell: Cell | None, score: str) -> int | None:
     return cell.exact_match_correct if score == "exact_match" else cell.label_scoring_correct
 
 
-def _percent(
-    cell: Cell | None, score: str, rows: Callable[[Cell], int] = lambda cell: cell.rows
-) -> float | None:
+def _percent(cell: Cell | None, score: str, rows: Callable[[Cell], int] = lambda cell: cell.rows) -> float | None:
     """The cell's score over `rows(cell)` rows; None where it was not measured or no row is left."""
     correct = _correct(cell, score)
     if cell is None or correct is None or rows(cell) == 0:

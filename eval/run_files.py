@@ -43,16 +43,12 @@ def read_run(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{run_dir}: no such folder; give the folder of a run (output.dir of its recipe)")
     path = run_dir / "run.json"
     if not path.is_file():
-        raise UserError(
-            f"{run_dir}: not the folder of a run, it holds no run.json; give a folder that a run wrote"
-        )
+        raise UserError(f"{run_dir}: not the folder of a run, it holds no run.json; give a folder that a run wrote")
     run = read_object(path)
     missing = [key for key in ("order", "method", "model", "seed", "recipe_sha256", "data") if key not in run]
     missing += [f"data.{task}" for task in tasks_of(run) if task not in run.get("data", {})]
     if missing or not run["order"]:
-        raise UserError(
-            f"{path}: no {', '.join(missing) or 'order'}; the file is damaged, run the recipe again"
-        )
+        raise UserError(f"{path}: no {', '.join(missing) or 'order'}; the file is damaged, run the recipe again")
     return run
 
 
@@ -105,9 +101,7 @@ def _cell(path: Path, content: Mapping[str, Any], evaluation_rows: int) -> Cell:
         rows=rows,
         exact_match_correct=count("exact_match_correct", matchable),
         label_scoring_correct=(
-            None
-            if content.get("label_scoring_correct") is None
-            else count("label_scoring_correct", matchable)
+            None if content.get("label_scoring_correct") is None else count("label_scoring_correct", matchable)
         ),
         unmatchable=unmatchable,
     )

@@ -52,6 +52,4 @@ def _table(
     ]
     first = max(len(row[0]) for row in rows)
     width = max(len("100.0"), *(len(task) for task in order))
-    return "\n".join(
-        row[0].ljust(first) + "".join("  " + cell.rjust(width) for cell in row[1:]) for row in rows
-    )
+    return "\n".join(row[0].ljust(first) + "".join("  " + cell.rjust(width) for cell in row[1:]) for row in rows)

@@ -25,9 +25,7 @@ from pipeline.workload import StreamTask, Workload
 class CellBook:
     """The cells of one run: which exist, and how a missing one is made."""
 
-    def __init__(
-        self, run_dir: Path, workload: Workload, ranks: Ranks, log: RunLog, stop: StopRequest
-    ) -> None:
+    def __init__(self, run_dir: Path, workload: Workload, ranks: Ranks, log: RunLog, stop: StopRequest) -> None:
         self._run_dir = run_dir
         self._workload = workload
         self._ranks = ranks
@@ -68,17 +66,12 @@ class CellBook:
             on_batch=self._stop.check,
         )
         shares = self._ranks.gather(predictions)
-        self._ranks.on_first(
-            lambda: self._write(after, stage, task, _interleaved(shares), time.monotonic() - start)
-        )
+        self._ranks.on_first(lambda: self._write(after, stage, task, _interleaved(shares), time.monotonic() - start))
 
-    def _write(
-        self, after: str, stage: str, task: StreamTask, predictions: list[Prediction], seconds: float
-    ) -> None:
+    def _write(self, after: str, stage: str, task: StreamTask, predictions: list[Prediction], seconds: float) -> None:
         rows = task.data.evaluation
         lines = [
-            _line(row, prediction, task.data.task.labels)
-            for row, prediction in zip(rows, predictions, strict=True)
+            _line(row, prediction, task.data.task.labels) for row, prediction in zip(rows, predictions, strict=True)
         ]
         write_atomic(
             predictions_path(self._run_dir, after, task.name),

@@ -142,9 +142,7 @@ class _Watch:
     All ranks see the same numbers and so stop together.
     """
 
-    def __init__(
-        self, ctx: Context, name: str, examples: Sequence[Example], log: RunLog, stop: StopRequest
-    ) -> None:
+    def __init__(self, ctx: Context, name: str, examples: Sequence[Example], log: RunLog, stop: StopRequest) -> None:
         self._ctx, self._name, self._examples, self._log, self._stop = ctx, name, examples, log, stop
         self._pending: _Pending | None = None
         self.last_loss = math.nan
@@ -154,9 +152,7 @@ class _Watch:
         told = float(self._stop.reason() is not None)
         summed = self._ctx.ranks.all_sum(torch.cat([losses, losses.new_tensor([told])]))
         previous = self._pending
-        self._pending = _Pending(
-            summed, micro_batches, rate, self._ctx.engine.gradient_norm, self._ctx.step
-        )
+        self._pending = _Pending(summed, micro_batches, rate, self._ctx.engine.gradient_norm, self._ctx.step)
         self._look(previous, progress)
 
     def finish(self, progress: Progress) -> None:

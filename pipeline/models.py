@@ -46,9 +46,7 @@ class _Family(NamedTuple):
 
 
 FAMILIES: Mapping[str, _Family] = {
-    "t5": _Family(
-        "t5", T5ForConditionalGeneration, ("spiece.model", "tokenizer.json"), ("q", "v"), "lm_head"
-    ),
+    "t5": _Family("t5", T5ForConditionalGeneration, ("spiece.model", "tokenizer.json"), ("q", "v"), "lm_head"),
     "llama2": _Family(
         "llama",
         LlamaForCausalLM,
@@ -85,9 +83,7 @@ def _fetch(settings: Model) -> Path:
             "set model.revision, or model.path to a local folder"
         )
     try:
-        return Path(
-            snapshot_download(settings.path, revision=settings.revision, allow_patterns=_WANTED_FILES)
-        )
+        return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=_WANTED_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
             f"model.path: {settings.path} at {settings.revision} could not be fetched "

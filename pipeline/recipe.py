@@ -152,8 +152,7 @@ class Training(Group):
     def _whole_micro_batches(self) -> Self:
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
-                f"global_batch_size {self.global_batch_size} is no multiple of micro_batch_size "
-                f"{self.micro_batch_size}"
+                f"global_batch_size {self.global_batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
             )
         return self
 

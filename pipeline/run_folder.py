@@ -88,9 +88,7 @@ class RunFolder:
         if not path.is_file():
             return []
         lines = (line.split() for line in path.read_text(encoding="utf-8").splitlines())
-        return [
-            {"host": host, "pid": int(pid), "created": float(created)} for _, host, pid, created in lines
-        ]
+        return [{"host": host, "pid": int(pid), "created": float(created)} for _, host, pid, created in lines]
 
     def write_pids(self, ranks: Sequence[tuple[str, int, float]]) -> None:
         """Name the ranks of the run: a line "rank host pid start" each, for whoever wants to signal them."""

@@ -285,4 +285,3 @@ class _Clock:
         now = time.monotonic()
         self.seconds[part] = round(self.seconds.get(part, 0.0) + now - self._last, 3)
         self._last = now
-

@@ -27,9 +27,7 @@ from data_prep import synthetic
 Family = Literal["t5", "llama2"]
 Model = T5ForConditionalGeneration | LlamaForCausalLM
 SEED = 7
-THREADS = (
-    1  # sums depend on it: fixed, whatever OMP_NUM_THREADS says; two gain little and stall on a busy machine
-)
+THREADS = 1  # sums depend on it: fixed, whatever OMP_NUM_THREADS says; two gain little and stall on a busy machine
 TOKENIZER_TEXTS = 4000
 SENTINELS = 100  # T5Tokenizer adds this many pieces behind the vocabulary, <extra_id_0> last
 NOISE, SPAN = 0.2, 2.5  # span corruption: share of tokens hidden, mean length of a hidden span
@@ -98,9 +96,7 @@ def _make(folder: Path, family: Family, steps: int | None = None) -> None:
 def train_tokenizer(family: Family) -> bytes:
     """A sentencepiece model of the family's kind (T5: unigram; LLaMA: BPE with byte fallback), as file bytes."""
     texts = itertools.islice(synthetic.pretraining_texts(SEED), TOKENIZER_TEXTS)
-    lines = [
-        line for text in texts for line in f"{text.text} {text.answer or ''}".split("\n") if line.strip()
-    ]
+    lines = [line for text in texts for line in f"{text.text} {text.answer or ''}".split("\n") if line.strip()]
     if family == "t5":  # a word becomes a piece only if it occurs within two different words
         words = sorted(set(re.findall(r"\w+", "\n".join(lines))))
         lines += [f"{word}:" for word in words]
@@ -172,9 +168,7 @@ def _new_model(family: Family, pieces: int) -> Model:
     )
 
 
-def _train(
-    model: Model, family: Family, vocabulary: sentencepiece.SentencePieceProcessor, steps: int
-) -> None:
+def _train(model: Model, family: Family, vocabulary: sentencepiece.SentencePieceProcessor, steps: int) -> None:
     """AdamW on an endless stream of texts; rate up over a tenth of the steps, then down."""
     making = MAKING[family]
     texts = synthetic.pretraining_texts(SEED)

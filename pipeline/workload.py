@@ -70,9 +70,7 @@ class Workload:
     def steps(self, task: StreamTask) -> list[Step]:
         """The task's optimizer steps."""
         recipe = self.recipe
-        return plan_task(
-            task.train, task.training, recipe.batching, seed=recipe.seed, task_index=task.index
-        )
+        return plan_task(task.train, task.training, recipe.batching, seed=recipe.seed, task_index=task.index)
 
     def training_influences(self, task: StreamTask, method: Mapping[str, Any]) -> dict[str, Any]:
         """All that decides a task's trained weights beside the stage before it: the stage's address."""
@@ -128,9 +126,7 @@ def _at_once(action: Callable[[], Value]) -> Value:
     return action()
 
 
-def load_workload(
-    recipe: Recipe, on_first: Callable[[Callable[[], Any]], Any] = _at_once
-) -> Workload:
+def load_workload(recipe: Recipe, on_first: Callable[[Callable[[], Any]], Any] = _at_once) -> Workload:
     """Read and encode what `recipe` names; `on_first` runs on one rank what makes files on first use."""
     if recipe.data.path == SYNTHETIC:
         on_first(ensure_folder)

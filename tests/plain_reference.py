@@ -128,9 +128,7 @@ def train_plain(
     for name in (name.removesuffix(".A") for name in start if name.endswith(".A")):
         A, B = branch(model, name).add(start[f"{name}.A"], start[f"{name}.B"], scale)
         parameters |= {f"{name}.A": A, f"{name}.B": B}
-    optimizer = torch.optim.AdamW(
-        parameters.values(), eps=training.adam_eps, weight_decay=training.weight_decay
-    )
+    optimizer = torch.optim.AdamW(parameters.values(), eps=training.adam_eps, weight_decay=training.weight_decay)
     seen = Trained()
     for number, micro_batches in enumerate(steps):
         rows = [examples[row] for micro_batch in micro_batches for row in micro_batch if row >= 0]

@@ -104,6 +104,5 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
     """The inverse of `to_tensors`."""
     names = [name.removesuffix(".A") for name in tensors if name.endswith(".A")]
     return {
-        name: Factors(tensors[f"{name}.A"], tensors[f"{name}.B"], float(tensors[f"{name}.scale"]))
-        for name in names
+        name: Factors(tensors[f"{name}.A"], tensors[f"{name}.B"], float(tensors[f"{name}.scale"])) for name in names
     }

@@ -49,9 +49,7 @@ class Group:
             }
             with self._log.open("ab") as log:
                 command = [sys.executable, HERE / "rank_worker.py", out / "cases", backbones, out]
-                self._ranks.append(
-                    subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-                )
+                self._ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
 
     def wait(self) -> None:
         """Until all ranks are done; where one fails the others, who may wait for it, are killed."""

@@ -18,9 +18,7 @@ class PlainEngine:
         self.micro_batches_per_step = accumulation
         self._clip = training.gradient_clipping
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            self._trained, eps=training.adam_eps, weight_decay=training.weight_decay
-        )
+        self._optimizer = torch.optim.AdamW(self._trained, eps=training.adam_eps, weight_decay=training.weight_decay)
         self._done = 0
         self.gradient_norm = float("nan")
 

@@ -68,9 +68,7 @@ class Job:
     def start(self, ctx: Context, method: Any) -> Any:
         """From a bare backbone to a started engine."""
         method.begin_task(ctx)
-        self.result["start"] = {
-            name: value.detach().clone() for name, value in adapter_tensors(method).items()
-        }
+        self.result["start"] = {name: value.detach().clone() for name, value in adapter_tensors(method).items()}
         prepare_for_training(ctx.model, gradient_checkpointing=self.case.checkpointing)
         engine = TaskEngine(LabelLoss(ctx.model, self.case.family), self.case.engine, self.training, self.ranks)
         ctx.started(engine)
@@ -107,11 +105,7 @@ class Job:
 
 def adapter_tensors(method: Any) -> dict[str, nn.Parameter]:
     """The trained tensors by the names that `end_task` gives them."""
-    return {
-        f"{name}.{part}": getattr(layer, part)
-        for name, layer in method._attached.items()
-        for part in ("A", "B")
-    }
+    return {f"{name}.{part}": getattr(layer, part) for name, layer in method._attached.items() for part in ("A", "B")}
 
 
 def train(job: Job) -> Result:

@@ -99,7 +99,9 @@ def test_rows_changed_since_the_run_began_are_refused(reference: Path, tmp_path:
 
 
 def test_a_loss_that_is_not_finite_stops_with_rows_and_advice(tmp_path: Path) -> None:
-    overrides = small(f"output.dir={tmp_path / 'run'}", "training.learning_rate=1.0e+30", "training.gradient_clipping=0")
+    overrides = small(
+        f"output.dir={tmp_path / 'run'}", "training.learning_rate=1.0e+30", "training.gradient_clipping=0"
+    )
     refused(run(train(RECIPE, *overrides)), "not finite", "training.learning_rate")
     assert not list((tmp_path / "run").glob("stages/*/stage.json"))
 

@@ -29,8 +29,10 @@ def whole(folder: Path) -> bool:
     """Every JSON file parses, and nothing temporary is left visible under a final name."""
     for path in folder.rglob("*.json"):
         json.loads(path.read_text())
-    return not any(stage.name.startswith(".") is False and not (stage / "stage.json").is_file()
-                   for stage in (folder / "stages").glob("*"))
+    return not any(
+        stage.name.startswith(".") is False and not (stage / "stage.json").is_file()
+        for stage in (folder / "stages").glob("*")
+    )
 
 
 def test_a_run_killed_in_task_two_ends_with_the_same_results(reference: Path, tmp_path: Path) -> None:

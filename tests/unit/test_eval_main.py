@@ -138,9 +138,7 @@ def test_an_edited_prediction_changes_the_score(run_dir: Path) -> None:
 
 def test_predictions_may_hold_any_character(run_dir: Path) -> None:
     path = run_dir / "predictions" / "02-rivers" / "soil.jsonl"
-    path.write_text(
-        prediction_lines([("a\u2028b\x85c\x0bd\n\r", "Clay", "Clay"), *SOIL[1:]]), encoding="utf-8"
-    )
+    path.write_text(prediction_lines([("a\u2028b\x85c\x0bd\n\r", "Clay", "Clay"), *SOIL[1:]]), encoding="utf-8")
     assert main([str(run_dir)]) == 0
 
 
@@ -187,12 +185,8 @@ def lines_with(number: int, line: str) -> str:
         ("\udcff\n", "soil.jsonl, line 1: is not JSON"),
     ],
 )
-def test_damaged_predictions(
-    run_dir: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
-) -> None:
-    (run_dir / "predictions" / "02-rivers" / "soil.jsonl").write_bytes(
-        text.encode("utf-8", "surrogateescape")
-    )
+def test_damaged_predictions(run_dir: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
+    (run_dir / "predictions" / "02-rivers" / "soil.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     assert main([str(run_dir)]) == 2
     fault = capsys.readouterr().err
@@ -207,9 +201,7 @@ def test_lost_predictions_of_a_scored_cell(run_dir: Path, capsys: pytest.Capture
     assert "soil.jsonl: missing, though its cell was scored" in capsys.readouterr().err
 
 
-def test_the_other_runs_are_done_though_one_has_a_fault(
-    run_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_other_runs_are_done_though_one_has_a_fault(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run_dir.parent / "nowhere"), str(run_dir.parent), str(run_dir)]) == 2
     fault = capsys.readouterr().err
     assert "nowhere: no such folder" in fault
@@ -233,9 +225,7 @@ def test_the_command_itself(run_dir: Path, tmp_path: Path) -> None:
     )
     assert (good.returncode, good.stderr) == (0, "")
     assert "average accuracy (AA) 41.67" in good.stdout
-    bad = subprocess.run(
-        [*command, "none"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
-    )
+    bad = subprocess.run([*command, "none"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert bad.returncode == 2
     assert bad.stderr.strip().splitlines() == [
         "none: no such folder; give the folder of a run (output.dir of its recipe)"

@@ -55,7 +55,9 @@ def test_every_shipped_recipe_is_complete(path: Path) -> None:
 def test_the_promised_recipes_are_there() -> None:
     names = {path.stem for path in SHIPPED}
     long_and_short = list(ORDERS)
-    promised = {f"{model}_{order}" for model in ("t5_large", "llama2", "mini_t5", "mini_llama2") for order in long_and_short}
+    promised = {
+        f"{model}_{order}" for model in ("t5_large", "llama2", "mini_t5", "mini_llama2") for order in long_and_short
+    }
     promised |= {f"t5_base_order{k}" for k in (1, 2, 3)} | {"tiny_t5_order1", "tiny_llama2_order1"}
     assert promised <= names
 
@@ -212,7 +214,14 @@ def test_the_run_folder_names_what_was_changed(write) -> None:
 
 
 SAME = ["zero=3", "engine.offload=optimizer", "training.micro_batch_size=1", "output.dir=x", "evaluation.batch_size=1"]
-OTHER = ["seed=1", "training.epochs=2", "adapter.rank=2", "method=seqlora", "order.tasks=[two, one]", "engine.precision=bf16"]
+OTHER = [
+    "seed=1",
+    "training.epochs=2",
+    "adapter.rank=2",
+    "method=seqlora",
+    "order.tasks=[two, one]",
+    "engine.precision=bf16",
+]
 
 
 @pytest.mark.parametrize("override", SAME)

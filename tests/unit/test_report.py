@@ -66,9 +66,7 @@ def make_run(folder: Path, *, last: int = 2, **changes: Any) -> Path:
     return folder
 
 
-def write_cell(
-    folder: Path, t: int, task: str, rows: int, exact: Any, option: Any, unmatchable: int = 0
-) -> None:
+def write_cell(folder: Path, t: int, task: str, rows: int, exact: Any, option: Any, unmatchable: int = 0) -> None:
     after = "untrained" if t < 0 else f"{t + 1:02d}-{ORDER[t]}"
     path = folder / "cells" / after / f"{task}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,9 +78,7 @@ def write_cell(
         "exact_match_correct": exact,
         "seconds": 1.5,
     }
-    path.write_text(
-        json.dumps(cell | {"label_scoring_correct": option, "unmatchable": unmatchable}), encoding="utf-8"
-    )
+    path.write_text(json.dumps(cell | {"label_scoring_correct": option, "unmatchable": unmatchable}), encoding="utf-8")
 
 
 def results_of(folder: Path) -> dict[str, Any]:
@@ -228,9 +224,7 @@ def test_the_task_name_note_is_there_only_where_prompts_name_the_task(tmp_path: 
     assert "`Dataset:<task>`" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-def published_run(
-    folder: Path, model: Any, order: list[str], rows: dict[str, tuple[int, int]] | None = None
-) -> str:
+def published_run(folder: Path, model: Any, order: list[str], rows: dict[str, tuple[int, int]] | None = None) -> str:
     """The "Published figures" section of a run of `inclora` that was only set up."""
     data = {task: task_facts(7600) for task in order}
     for task, (train, evaluation) in (rows or {}).items():
@@ -246,9 +240,7 @@ ORDER2 = ["dbpedia", "amazon", "agnews", "yahoo"]
 
 def test_published_figures_of_the_same_backbone_and_order(tmp_path: Path) -> None:
     section = published_run(tmp_path, {"family": "t5", "path": "google-t5/t5-large"}, ORDER2, FULL)
-    assert "- model: google-t5/t5-large\n- model family: t5\n" in (tmp_path / "report.md").read_text(
-        encoding="utf-8"
-    )
+    assert "- model: google-t5/t5-large\n- model family: t5\n" in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| olora | 75.30 | 75.40 | - | LB-CL |" in section
     assert "| inclora (this method) | 64.90 | 66.40 | - | CoDe |" in section
     assert "| gorp | - | 79.80 | - | GORP |" in section
@@ -279,9 +271,7 @@ def test_published_figures_of_one_logged_run(tmp_path: Path) -> None:
         ("t5-base", ["agnews", "yahoo"]),
     ],
 )
-def test_nothing_is_printed_beside_what_it_does_not_compare_with(
-    tmp_path: Path, model: str, order: list[str]
-) -> None:
+def test_nothing_is_printed_beside_what_it_does_not_compare_with(tmp_path: Path, model: str, order: list[str]) -> None:
     section = published_run(tmp_path, model, order)
     assert "not comparable" in section
     assert "|" not in section

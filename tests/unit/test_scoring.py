@@ -107,9 +107,7 @@ def test_nothing_matches_a_label_without_letters(prediction: str) -> None:
     ],
 )
 def test_can_continue(text: str, alive: bool) -> None:
-    assert (
-        PrefixAutomaton(("World", "Sports", "Business", "Science or Technology")).can_continue(text) is alive
-    )
+    assert PrefixAutomaton(("World", "Sports", "Business", "Science or Technology")).can_continue(text) is alive
 
 
 def test_a_label_without_letters_keeps_nothing_alive() -> None:
@@ -126,9 +124,7 @@ def test_a_dead_text_never_comes_to_match(labels: tuple[str, ...], data: st.Data
     # What a tokenizer shows of an unfinished character is replaced, not extended: such a tail may vanish.
     for start in {text, text.rstrip("\ufffd")}:
         tails = [label[cut:] for label in labels for cut in range(len(label) + 1)]
-        tails += (
-            [" " + tail for tail in tails] + [tail.lower() for tail in tails] + [data.draw(st.text(ALPHABET))]
-        )
+        tails += [" " + tail for tail in tails] + [tail.lower() for tail in tails] + [data.draw(st.text(ALPHABET))]
         for tail, label in itertools.product(tails, labels):
             assert not exact_match(start + tail, label)
 
