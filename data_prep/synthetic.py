@@ -9,22 +9,23 @@ pretraining the other, so that no row, with whatever label, was ever seen before
 import functools
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from data_prep.errors import UserError
+from data_prep.cache import publish
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 ROWS = {"train": 480, "dev": 96, "test": 144}  # each divides by 3 and 4: every label equally often
 SEED = 20240
 
-_NAMES = "Anna Ben Clara David Emma Felix Greta Hugo Iris Jonas Karin Leo".split()
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+_NAMES = _words("Anna Ben Clara David Emma Felix Greta Hugo Iris Jonas Karin Leo")
 _TIMES = [
     "in the morning",
     "before noon",
@@ -35,31 +36,31 @@ _TIMES = [
     "on Friday",
     "last week",
 ]
-_PLACES = "window door table wall bench stairs".split()
+_PLACES = _words("window door table wall bench stairs")
 _SUBJECTS = [
-    ("bread soup cheese pepper oven pan".split(), "baked tasted stirred served".split()),
-    ("anchor sail rope deck mast harbour".split(), "hauled steered moored sighted".split()),
-    ("rose hedge seed spade lawn pond".split(), "planted watered pruned dug".split()),
-    ("violin drum song choir piano flute".split(), "played tuned sang practised".split()),
+    (_words("bread soup cheese pepper oven pan"), _words("baked tasted stirred served")),
+    (_words("anchor sail rope deck mast harbour"), _words("hauled steered moored sighted")),
+    (_words("rose hedge seed spade lawn pond"), _words("planted watered pruned dug")),
+    (_words("violin drum song choir piano flute"), _words("played tuned sang practised")),
 ]
 _MOODS = [
-    "lovely bright warm splendid kind charming".split(),
-    "dreadful rude broken noisy dirty late".split(),
-    "plain usual ordinary average common normal".split(),
+    _words("lovely bright warm splendid kind charming"),
+    _words("dreadful rude broken noisy dirty late"),
+    _words("plain usual ordinary average common normal"),
 ]
-_VISITED = "room meal concert ticket garden train guide bed lamp tour boat shop".split()
-_COUNTS = "two three four five six seven eight nine ten".split()
+_VISITED = _words("room meal concert ticket garden train guide bed lamp tour boat shop")
+_COUNTS = _words("two three four five six seven eight nine ten")
 _COMPARED = [
     ["{n} more {t} than", "{n} extra {t} over", "a surplus of {n} {t} over"],
     ["{n} fewer {t} than", "{n} less {t} than", "a lack of {n} {t} against"],
     ["as many as {n} {t} like", "the same {n} {t} as", "just those {n} {t} of"],
 ]
-_COUNTED = "coins stamps shells cards beads nuts keys buttons".split()
+_COUNTED = _words("coins stamps shells cards beads nuts keys buttons")
 _KINDS = [
-    "fox horse goat owl mouse cat".split(),
-    "hammer pliers drill axe wrench chisel".split(),
-    "plum pear apple lemon fig grape".split(),
-    "coat hat scarf glove shirt sock".split(),
+    _words("fox horse goat owl mouse cat"),
+    _words("hammer pliers drill axe wrench chisel"),
+    _words("plum pear apple lemon fig grape"),
+    _words("coat hat scarf glove shirt sock"),
 ]
 
 
@@ -105,6 +106,7 @@ class Question:
 
     @property
     def full_instruction(self) -> str:
+        """As it stands in the benchmark's configuration."""
         return f"{self.instruction} Choose one from the option.\n"
 
     def prompt(self, sentence: str) -> str:
@@ -233,44 +235,3 @@ def ensure_folder() -> Path:
             path.write_text(text, encoding="utf-8")
 
     return publish(f"synthetic-{digest}", write)
-
-
-def cache_root() -> Path:
-    """Where what this checkout makes for itself is kept: its `.cache`, else a folder of this user's alone."""
-    private = Path(tempfile.gettempdir()) / f"continual-learning-cache-{os.getuid()}"
-    for folder in (CHECKOUT / ".cache", private):
-        try:
-            folder.mkdir(mode=0o700, exist_ok=True)
-        except OSError:
-            continue
-        # a shared temporary folder may hold one that somebody else laid there under our name
-        if os.access(folder, os.W_OK | os.X_OK) and (folder != private or folder.stat().st_uid == os.getuid()):
-            return folder
-    raise UserError(f"cache: neither {CHECKOUT / '.cache'} nor {private} can be written; make one of them writable")
-
-
-def publish(name: str, write: Callable[[Path], None]) -> Path:
-    """The folder `name` under the cache root; if absent, made whole by `write(temporary folder)` and renamed.
-
-    Two processes may make it at once: each writes its own, the first rename wins and the other is thrown away.
-    """
-    root = cache_root()
-    final = root / name
-    if final.is_dir():
-        return final
-    try:
-        temporary = Path(tempfile.mkdtemp(prefix=f"{name}.", suffix=".making", dir=root))
-        try:
-            write(temporary)
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-            temporary.replace(final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as fault:
-        if final.is_dir():  # another process was first
-            return final
-        raise UserError(f"cache: {final} could not be written ({fault}); free space or make {root} writable") from fault
-    return final

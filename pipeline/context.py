@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -64,38 +65,47 @@ class Context:
     def run_rows(self, rows: Sequence[int], *, backward: bool) -> float:
         """Rows through the model in evaluation mode, each rank its share; the mean loss per label token.
 
-        The unit is a micro-batch of fixed content, so hooks see the same batches on any number of ranks. Backward
-        is possible before training starts only: later it would enter DeepSpeed's accumulation.
+        The unit is a micro-batch of fixed content, so hooks see the same batches, each once over all ranks, on any
+        number of ranks. Backward is possible before training starts only: later it would enter DeepSpeed's
+        accumulation. It leaves this rank's gradients in the adapter's tensors, which training starts without.
         """
+        assert rows, "a mean needs rows"
         assert not (backward and self._engine), "backward over extra rows belongs before training starts"
         size = self._micro_batch_size
         batches = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
-        rounds = -(-len(batches) // self.ranks.world)  # ZeRO 3 needs as many forwards on every rank
         label_tokens = sum(len(self._examples[row].label_ids) for row in rows)
-        run = self._forward(backward)
         total = torch.zeros(1, dtype=torch.float64)
         was_training = self.model.training
         self.model.eval()
-        for turn in range(rounds):
-            index = turn * self.ranks.world + self.ranks.rank
-            batch = batches[index] if index < len(batches) else [-1] * size
-            with torch.set_grad_enabled(backward):
-                loss = run(batch)
-            if backward:
-                (loss / label_tokens).backward()
-            total += loss.item()
+        with self._runnable(backward) as module, torch.set_grad_enabled(backward):
+            for batch in batches[self.ranks.rank :: self.ranks.world]:
+                loss = module(**self.collate(batch))
+                if backward:
+                    (loss / label_tokens).backward()
+                total += loss.item()
+        if self._engine is not None and self._engine.forwards_together:
+            shares = [len(batches[rank :: self.ranks.world]) for rank in range(self.ranks.world)]
+            for _ in range(max(shares) - shares[self.ranks.rank]):
+                self._engine.idle_forward(self.collate([-1] * size))
         self.model.train(was_training)
         return float(self.ranks.all_sum(total)) / label_tokens
 
-    def _forward(self, backward: bool) -> Callable[[Sequence[int]], Tensor]:
+    @contextmanager
+    def _runnable(self, backward: bool) -> Iterator[nn.Module]:
+        """The module that gives a micro-batch's loss."""
         if self._engine is not None:
-            module = self._engine.module
-        else:
-            module = LabelLoss(self.model, self._family)
-            if backward:
-                # With every weight frozen, only a differentiable input makes autograd reach the layers.
-                module.backbone.enable_input_require_grads()
-        return lambda rows: module(**self.collate(rows))
+            yield self._engine.module
+            return
+        module = LabelLoss(self.model, self._family)
+        if not backward:
+            yield module
+            return
+        # With every weight frozen, only a differentiable input makes autograd reach the layers.
+        module.backbone.enable_input_require_grads()
+        try:
+            yield module
+        finally:
+            module.backbone.disable_input_require_grads()
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks."""

@@ -32,6 +32,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
+from pipeline.hooks import hook_ids, only_hooks
 from pipeline.recipe import Engine, Training
 from pipeline.recipe_source import ROOT
 
@@ -178,7 +179,10 @@ class TaskEngine:
     def __init__(self, model: nn.Module, settings: Engine, training: Training, ranks: Ranks) -> None:
         self._stage = settings.zero
         self._world = ranks.world
+        self._norm: Tensor | None = None
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = None  # what `run_rows` left there is no part of the first step
         assert trained, "a task without trainable tensors never starts an engine"
         assert all(parameter.numel() for parameter in trained), "ZeRO 3 cannot hold empty parameters"
         self._optimizer = torch.optim.AdamW(
@@ -187,11 +191,13 @@ class TaskEngine:
             eps=training.adam_eps,
             weight_decay=training.weight_decay,
         )
+        foreign_hooks = hook_ids(model)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
             config=deepspeed_config(settings, training, ranks.world),
         )
+        self._own_hooks = hook_ids(model) - foreign_hooks
         self.micro_batches_per_step = int(self._engine.gradient_accumulation_steps())
 
     @property
@@ -200,10 +206,20 @@ class TaskEngine:
         module: nn.Module = self._engine.module
         return module
 
+    @property
+    def forwards_together(self) -> bool:
+        """Whether every rank must run as many forwards as the others: ZeRO 3 gathers weights as they go."""
+        return self._stage == 3
+
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """One micro-batch's forward."""
         loss: Tensor = self._engine(**batch)
         return loss
+
+    def idle_forward(self, batch: Mapping[str, Tensor]) -> None:
+        """A forward for the other ranks' sake: no hook but DeepSpeed's own sees it."""
+        with only_hooks(self.module, self._own_hooks), torch.no_grad():
+            self.module(**batch)
 
     def backward(self, loss: Tensor) -> None:
         """One micro-batch's backward; DeepSpeed divides by the micro-batches of this rank and averages ranks."""
@@ -213,12 +229,16 @@ class TaskEngine:
         """Advance by one micro-batch; the optimizer steps on the last one of a global batch."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+        if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"]]
+            self._norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
         self._engine.step()
 
     @property
     def gradient_norm(self) -> float:
         """The global gradient's norm before clipping, of the last step."""
-        norm = self._engine.get_global_grad_norm()
+        # Stage 0 in fp32 clips without keeping the norm.
+        norm = self._norm if self._stage == 0 else self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:

@@ -129,8 +129,9 @@ class StageStore:
                 raise DamagedStageError(folder, MANIFEST, "belongs to another stage")
         return None
 
-    def adopt(self, other_root: Path, index: int, key: str) -> Stage | None:
-        """Take over the stage of that index and key from another run's store, if it lies there whole.
+    def adopt(self, other_root: Path, index: int, key: str, method_name: str) -> Stage | None:
+        """Take over the stage of that index and key from another run's store, if it lies there whole, with the memory
+        of the method `method_name`.
 
         Files are linked where the file system can, else copied. A damaged stage over there counts as none:
         it is that run's to mend.
@@ -140,7 +141,7 @@ class StageStore:
             return mine
         try:
             other = StageStore(other_root).find(index, key)
-            if other is None:
+            if other is None or not other.has_method(method_name):
                 return None
             return self._place(index, other.task, key, lambda folder: _link_or_copy(other.path, folder))
         except (DamagedStageError, FileNotFoundError, PermissionError):  # or just removed, or private

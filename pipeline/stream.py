@@ -26,13 +26,16 @@ from pipeline.models import LabelLoss, load_backbone, merge, prepare_for_trainin
 from pipeline.recipe import Recipe
 from pipeline.run_folder import RunFolder, run_facts, this_process
 from pipeline.runlog import RunLog
-from pipeline.stages import StageStore, stage_key
+from pipeline.stages import Stage, StageStore, stage_key
 from pipeline.stopping import StopRequest
 from pipeline.workload import StreamTask, Workload, load_workload
 
 
-def run(recipe: Recipe, stop: StopRequest) -> dict[str, Any]:
-    """Learn the stream, score it, report it; returns the results. Goes on where an earlier run stopped."""
+def run(recipe: Recipe, stop: StopRequest, *, share: bool = False) -> dict[str, Any]:
+    """Learn the stream, score it, report it; returns the results. Goes on where an earlier run stopped.
+
+    `share`: take over stages of equal address from the runs beside this one, instead of training them again.
+    """
     ranks = Ranks.start()
     deepspeed_config(recipe.engine, recipe.training, ranks.world)  # a wrong world size fails here, early
     workload = load_workload(recipe, ranks.on_first)
@@ -45,7 +48,7 @@ def run(recipe: Recipe, stop: StopRequest) -> dict[str, Any]:
     log = RunLog(folder.path / "metrics.jsonl" if ranks.first else None, console=ranks.first)
     log.say(f"{'going on with' if resumed else 'starting'} {folder.path} on {ranks.world} rank(s), {ranks.device}")
     try:
-        _Stream(recipe, workload, ranks, folder, log, stop, facts).run()
+        _Stream(recipe, workload, ranks, folder, log, stop, facts, share=share).run()
         results = ranks.on_first(lambda: write_results(folder.path))
     finally:
         if ranks.first:
@@ -111,7 +114,10 @@ class _Stream:
         log: RunLog,
         stop: StopRequest,
         facts: dict[str, Any],
+        *,
+        share: bool = False,
     ) -> None:
+        self.share = share
         self.recipe, self.workload, self.ranks, self.folder = recipe, workload, ranks, folder
         self.log, self.stop, self.facts = log, stop, facts
         self.stages = StageStore(folder.path / "stages")
@@ -166,8 +172,19 @@ class _Stream:
         self.method.load_trained(task.index, tensors)
 
     def _read_stage(self, task: StreamTask, key: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Any] | None:
-        stage = self.stages.find(task.index, key)
+        stage = self.stages.find(task.index, key) or self._shared_stage(task, key)
         return None if stage is None else (stage.load_trained(), *stage.load_method(self.recipe.method.name))
+
+    def _shared_stage(self, task: StreamTask, key: str) -> Stage | None:
+        """A sibling run's stage of the same address, when sharing: equal keys are equal training."""
+        if not self.share:
+            return None
+        for other in sorted(self.folder.path.parent.glob("*/stages")):
+            stage = self.stages.adopt(other, task.index, key, self.recipe.method.name)
+            if stage is not None:
+                self.log.say(f"task {task.index} {task.name}: the same as in {other.parent}, taken over")
+                return stage
+        return None
 
     def _train(self, task: StreamTask, key: str) -> dict[str, Tensor]:
         """Train one task and publish its stage."""

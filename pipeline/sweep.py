@@ -138,10 +138,13 @@ def _output_override(path: str, overrides: Sequence[str], out: Path) -> str:
     return f"output.dir={json.dumps(str(out.resolve() / name))}"
 
 
-def command(combination: Combination, launcher: Sequence[str], train_script: Path) -> list[str]:
+def command(
+    combination: Combination, launcher: Sequence[str], train_script: Path, *, share: bool = False
+) -> list[str]:
     """The user's own command for one run."""
     start = list(launcher) or [sys.executable]
-    return [*start, str(train_script), combination.recipe_path, *combination.overrides]
+    options = ["--share"] if share else []
+    return [*start, str(train_script), combination.recipe_path, *combination.overrides, *options]
 
 
 def find_launcher(text: str) -> list[str]:
@@ -179,7 +182,7 @@ def main(argv: Sequence[str] | None = None, *, _train_script: Path = TRAIN_SCRIP
         pairs = product(arguments.recipes, arguments.settings, parse_seeds(arguments.seeds))
         combinations = plan(pairs, arguments.out)
         todo = [combination for combination in combinations if combination.results() is None]
-        jobs = [Job(it.name, command(it, launcher, _train_script), it.log) for it in todo]
+        jobs = [Job(it.name, command(it, launcher, _train_script, share=arguments.share), it.log) for it in todo]
         if arguments.dry_run:
             planned = {it: shlex.join(job.command) for it, job in zip(todo, jobs, strict=True)}
             for it in combinations:
@@ -220,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", metavar="1,2,3", help="run each combination once with every seed")
     parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at a time (default 1)")
     parser.add_argument("--launcher", default="", help='such as "deepspeed --num_accelerators 2"')
+    parser.add_argument("--share", action="store_true", help="train prefixes common to several runs once")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--out", type=Path, metavar="DIR", help="put the run folders into DIR")
     return parser

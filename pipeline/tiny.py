@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 import sentencepiece
 import torch
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from data_prep import synthetic
+from data_prep.cache import publish
 
 Family = Literal["t5", "llama2"]
 Model = T5ForConditionalGeneration | LlamaForCausalLM
@@ -75,11 +76,11 @@ def ensure_tiny_backbone(family: Family) -> Path:
     """
     sources = Path(__file__).read_bytes() + Path(synthetic.__file__).read_bytes()
     key = hashlib.sha256(sources).hexdigest()[:12]
-    return synthetic.publish(f"tiny-{family}-{key}", lambda folder: _make(folder, family))
+    return publish(f"tiny-{family}-{key}", lambda folder: _make(folder, family))
 
 
 def _make(folder: Path, family: Family, steps: int | None = None) -> None:
-    """Write tokenizer, configuration and weights into an existing empty folder; `steps` None: as many as MAKING says."""
+    """Write tokenizer, configuration and weights into an existing empty folder; `steps` None: MAKING's."""
     making = MAKING[family]
     pieces = train_tokenizer(family)
     (folder / making.tokenizer_file).write_bytes(pieces)
@@ -100,7 +101,7 @@ def train_tokenizer(family: Family) -> bytes:
     if family == "t5":  # a word becomes a piece only if it occurs within two different words
         words = sorted(set(re.findall(r"\w+", "\n".join(lines))))
         lines += [f"{word}:" for word in words]
-    kind = {
+    kind: dict[str, Any] = {
         "t5": {"model_type": "unigram", "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
         "llama2": {
             "model_type": "bpe", "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1, "byte_fallback": True,
@@ -139,19 +140,18 @@ def _reproducible() -> Iterator[None]:
 def _new_model(family: Family, pieces: int) -> Model:
     making = MAKING[family]
     if family == "t5":
-        return T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=pieces + SENTINELS,
-                d_model=making.width,
-                d_kv=making.width // making.heads,
-                num_heads=making.heads,
-                d_ff=making.feed_forward,
-                num_layers=making.layers,
-                num_decoder_layers=making.layers,
-                dropout_rate=0.0,
-                decoder_start_token_id=0,
-            )
+        config = T5Config(
+            vocab_size=pieces + SENTINELS,
+            d_model=making.width,
+            d_kv=making.width // making.heads,
+            num_heads=making.heads,
+            d_ff=making.feed_forward,
+            num_layers=making.layers,
+            num_decoder_layers=making.layers,
+            dropout_rate=0.0,
         )
+        config.decoder_start_token_id = 0
+        return T5ForConditionalGeneration(config)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=pieces,
@@ -160,7 +160,7 @@ def _new_model(family: Family, pieces: int) -> Model:
             intermediate_size=making.feed_forward,
             num_hidden_layers=making.layers,
             max_position_embeddings=512,
-            initializer_range=0.08,  # the usual 0.02 is for wide layers: with it this model learnt far more slowly
+            initializer_range=0.08,  # the usual 0.02 is for wide layers: these learnt far more slowly with it
             tie_word_embeddings=True,
             bos_token_id=1,
             eos_token_id=2,

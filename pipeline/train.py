@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("recipe", help="a recipe file, such as recipes/tiny_t5_order1.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as method=seqlora zero=3 seed=1")
     parser.add_argument("--plan", action="store_true", help="print what a run would do, and train nothing")
+    parser.add_argument("--share", action="store_true", help="take equal stages over from the runs beside this one")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher appends it
     options = parser.parse_intermixed_args()
     stop = StopRequest()  # before anything slow, so that no signal finds its default action
@@ -42,7 +43,7 @@ def main() -> int:
         # Not at the top: a typing error in a recipe is told at once, before DeepSpeed takes seconds to load.
         from pipeline.stream import run
 
-        run(recipe, stop)
+        run(recipe, stop, share=options.share)
     except UserError as error:
         if first:
             print(f"error: {error}", file=sys.stderr, flush=True)

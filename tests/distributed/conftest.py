@@ -101,9 +101,10 @@ class Runs:
 
 @pytest.fixture(scope="session")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """All cases named by a selected test's parameter `case`, run on 1 and on 2 ranks."""
-    chosen = [item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")]
-    cases = list(dict.fromkeys(case for case in chosen if isinstance(case, Case)))
+    """All cases among the selected tests' parameters, run on 1 and on 2 ranks."""
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    chosen = [value for parameter in parameters for value in parameter.values() if isinstance(value, Case)]
+    cases = list(dict.fromkeys(chosen))
     folder = tmp_path_factory.mktemp("ranks")
     for case in cases:
         save_backbone(folder / "backbones" / case.backbone, case.family, dropout=case.dropout)

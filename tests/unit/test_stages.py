@@ -269,8 +269,8 @@ def test_a_store_under_a_file_is_the_users_fault(tmp_path):
 def test_a_stage_is_adopted_from_a_sibling_run(tmp_path):
     theirs = publish(StageStore(tmp_path / "a"))
     mine = StageStore(tmp_path / "b")
-    adopted = mine.adopt(tmp_path / "a", 1, KEY)
-    assert adopted == mine.find(1, KEY) == mine.adopt(tmp_path / "a", 1, KEY)
+    adopted = mine.adopt(tmp_path / "a", 1, KEY, "inclora")
+    assert adopted == mine.find(1, KEY) == mine.adopt(tmp_path / "a", 1, KEY, "inclora")
     assert (adopted.path / FILES[0]).stat().st_ino == (theirs.path / FILES[0]).stat().st_ino
     expected = {name: raw(t) for name, t in theirs.load_trained().items()}
     shutil.rmtree(theirs.path)
@@ -285,7 +285,7 @@ def test_a_stage_is_adopted_across_file_systems(tmp_path):
     other = shared_memory / f"test-stages-{os.getpid()}"
     try:
         publish(StageStore(other))
-        adopted = StageStore(tmp_path / "b").adopt(other, 1, KEY)
+        adopted = StageStore(tmp_path / "b").adopt(other, 1, KEY, "inclora")
         assert adopted == StageStore(tmp_path / "b").find(1, KEY)
         assert adopted.load_trained().keys() == {"encoder.q.A", "scale"}
     finally:
@@ -294,11 +294,12 @@ def test_a_stage_is_adopted_across_file_systems(tmp_path):
 
 def test_nothing_is_adopted_where_no_whole_stage_is(tmp_path):
     mine = StageStore(tmp_path / "b")
-    assert mine.adopt(tmp_path / "a", 1, KEY) is None
+    assert mine.adopt(tmp_path / "a", 1, KEY, "inclora") is None
     stage = publish(StageStore(tmp_path / "a"))
-    assert mine.adopt(tmp_path / "a", 2, KEY) is None
+    assert mine.adopt(tmp_path / "a", 2, KEY, "inclora") is None
+    assert mine.adopt(tmp_path / "a", 1, KEY, "seqlora") is None, "a stage without this method's memory does not serve"
     (stage.path / FILES[1]).write_bytes(b"damaged")
-    assert mine.adopt(tmp_path / "a", 1, KEY) is None
+    assert mine.adopt(tmp_path / "a", 1, KEY, "inclora") is None
     assert not mine.root.exists() or leftovers(mine.root) == []
 
 
