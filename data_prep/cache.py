@@ -41,6 +41,7 @@ def publish(name: str, write: Callable[[Path], None]) -> Path:
             write(temporary)
             for path in temporary.rglob("*"):
                 if path.is_file():
+                    path.chmod(0o644)  # safetensors writes files that only their owner can read
                     with path.open("rb") as file:
                         os.fsync(file.fileno())
             temporary.replace(final)

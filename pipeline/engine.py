@@ -170,6 +170,7 @@ def deepspeed_config(settings: Engine, training: Training, world: int) -> dict[s
     if settings.precision == "bf16":
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"  # else ranks add up gradients rounded to bf16
     return config
 
 

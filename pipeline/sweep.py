@@ -138,9 +138,7 @@ def _output_override(path: str, overrides: Sequence[str], out: Path) -> str:
     return f"output.dir={json.dumps(str(out.resolve() / name))}"
 
 
-def command(
-    combination: Combination, launcher: Sequence[str], train_script: Path, *, share: bool = False
-) -> list[str]:
+def command(combination: Combination, launcher: Sequence[str], train_script: Path, *, share: bool = False) -> list[str]:
     """The user's own command for one run."""
     start = list(launcher) or [sys.executable]
     options = ["--share"] if share else []

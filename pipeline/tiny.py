@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import re
+import string
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ def train_tokenizer(family: Family) -> bytes:
         sentence_iterator=iter(lines),
         model_writer=file,
         vocab_size=MAKING[family].vocabulary,
+        character_coverage=1.0,  # less drops the rarest: a label with such a character could never be said
+        required_chars=string.ascii_letters + string.digits + string.punctuation,
         hard_vocab_limit=False,  # a few pieces fewer, rather than a fault, if the text has no more to give
         num_threads=1,
         minloglevel=2,

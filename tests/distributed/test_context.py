@@ -28,7 +28,12 @@ def matrix(run: str) -> list[Case]:
     return [Case(run, family, zero, offload) for family in ("t5", "llama2") for zero, offload in PLACES]
 
 
-ACCESS_FAST = [Case("access", "t5", 0), Case("access", "llama2", 1), Case("access", "t5", 2), Case("access", "t5", 3)]
+ACCESS_FAST = [
+    Case("access", "t5", 0),
+    Case("access", "llama2", 1),
+    Case("access", "t5", 2),
+    Case("access", "llama2", 3),
+]
 
 
 @pytest.mark.parametrize("case", full(matrix("access"), but=ACCESS_FAST), ids=str)
@@ -78,17 +83,19 @@ def test_writes_in_bf16_set_a_float32_master_and_a_rounded_copy(runs, case: Case
         assert not torch.equal(trained, trained.bfloat16().double()), "masters hold more than bf16"
 
 
-PENALTY_FAST = [Case("penalty", "llama2", 2), Case("penalty", "t5", 3)]
+PENALTY_FAST = [Case("penalty", "t5", 2), Case("penalty", "llama2", 3)]
+
+
+def pull_to_zero(parameters: Mapping[str, Tensor]) -> Tensor:
+    return L2 * torch.stack([v.square().sum() for name, v in parameters.items() if name.endswith(".A")]).sum()
+
 
 
 @pytest.mark.parametrize("case", full(matrix("penalty"), but=PENALTY_FAST), ids=str)
 def test_a_penalty_counts_once_a_step(runs, case: Case) -> None:
     one, two = runs.one(case), runs.two(case)[0]
 
-    def penalty(parameters: Mapping[str, Tensor]) -> Tensor:
-        return L2 * sum(value.square().sum() for name, value in parameters.items() if name.endswith(".A"))
-
-    reference = plain(runs, case, one, penalty=penalty)
+    reference = plain(runs, case, one, penalty=pull_to_zero)
     without = plain(runs, case, one)
     assert relative(change(one, without), change(one, reference)) > 0.1, "the penalty must matter"
     for world, result in ((1, one), (2, two)):
@@ -98,7 +105,7 @@ def test_a_penalty_counts_once_a_step(runs, case: Case) -> None:
         assert result["loss"] == pytest.approx(reference.losses, rel=1e-5)
 
 
-ROWS_FAST = [Case("run_rows", "llama2", 2), Case("run_rows", "t5", 3)]
+ROWS_FAST = [Case("run_rows", "t5", 1), Case("run_rows", "llama2", 3)]
 ROWS_ALL = [Case("run_rows", family, zero) for family in ("t5", "llama2") for zero in (0, 1, 2, 3)]
 
 
