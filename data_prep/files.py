@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 
+TEMPORARY = ".tmp-"  # begins the name of what is being written; a killed process leaves it
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, the shell's file size limit
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
@@ -64,7 +65,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     content = data.encode("utf-8") if isinstance(data, str) else data
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}")
+        temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
         try:
             write_synced(temporary, content)
             os.replace(temporary, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from torch import nn
 from data_prep.files import write_atomic, write_json
 from data_prep.tasks import Row
 from eval.decode import Prediction, predict
-from eval.run_files import cell_path, predictions_path
+from eval.run_files import UNTRAINED, cell_path, predictions_path
 from eval.scoring import exact_match
 from pipeline.engine import Ranks
 from pipeline.runlog import RunLog
 from pipeline.stages import stage_key
-from pipeline.stopping import StopRequest
+from pipeline.stopping import Stopped, StopRequest
 from pipeline.workload import StreamTask, Workload
 
 
@@ -53,18 +54,22 @@ class CellBook:
         recipe = self._workload.recipe
         start = time.monotonic()
         mine = task.evaluation[self._ranks.rank :: self._ranks.world]
-        predictions = predict(
-            model,
-            self._workload.tokenizer,
-            mine,
-            family=recipe.model.family,
-            labels=task.data.task.labels,
-            label_ids=task.label_ids,
-            max_new_tokens=recipe.evaluation.max_new_tokens,
-            batch_size=recipe.evaluation.batch_size,
-            label_scoring=recipe.evaluation.label_scoring,
-            on_batch=self._stop.check,
-        )
+        predictions: list[Prediction] = []
+        # A rank told to stop leaves its share unfinished; all ranks meet below and stop together.
+        with suppress(Stopped):
+            predictions = predict(
+                model,
+                self._workload.tokenizer,
+                mine,
+                family=recipe.model.family,
+                labels=task.data.task.labels,
+                label_ids=task.label_ids,
+                max_new_tokens=recipe.evaluation.max_new_tokens,
+                batch_size=recipe.evaluation.batch_size,
+                label_scoring=recipe.evaluation.label_scoring,
+                on_batch=self._stop.check,
+            )
+        self._ranks.check_stop(self._stop)
         shares = self._ranks.gather(predictions)
         self._ranks.on_first(lambda: self._write(after, stage, task, _interleaved(shares), time.monotonic() - start))
 
@@ -97,7 +102,7 @@ class CellBook:
 
 
 def _index_of(after: str) -> int:
-    return 0 if after == "untrained" else int(after.split("-")[0])
+    return 0 if after == UNTRAINED else int(after.split("-")[0])
 
 
 def _told(cell: Mapping[str, Any]) -> str:

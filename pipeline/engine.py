@@ -6,13 +6,12 @@ them wherever ZeRO keeps them. Traps named here were measured with deepspeed 0.1
 
 from __future__ import annotations
 
-import json
+import gc
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "warning")
@@ -32,24 +31,13 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
+from pipeline.deepspeed_config import deepspeed_config
 from pipeline.hooks import hook_ids, only_hooks
 from pipeline.recipe import Engine, Training
 from pipeline.recipe_source import ROOT
+from pipeline.stopping import Stopped, StopRequest
 
 Value = TypeVar("Value")
-
-# Decided by the recipe; in a file under recipes/zero/ they would contradict it silently.
-REFUSED_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "bf16",
-    "fp16",
-    "optimizer",
-    "scheduler",
-)
-
 
 class Ranks:
     """The processes of this run and what they tell each other. Every method but `first` is collective."""
@@ -74,13 +62,20 @@ class Ranks:
             # which every later run hangs silently.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         else:
-            accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-        deepspeed.init_distributed(
-            dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(minutes=timeout_minutes),
-        )
+            accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        try:
+            deepspeed.init_distributed(
+                dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=timedelta(minutes=timeout_minutes),
+            )
+        except dist.DistNetworkError as error:
+            raise UserError(
+                f"MASTER_ADDR:MASTER_PORT {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: the ranks "
+                f"cannot meet there ({str(error).splitlines()[0]}); if another run uses the port, give the launcher "
+                "another: deepspeed --master_port=29501 ..."
+            ) from error
         device = torch.device("cpu" if on_cpu else accelerator.current_device_name())
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
@@ -111,6 +106,24 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def together(self, action: Callable[[], Value]) -> Value:
+        """Run `action`, which communicates with nobody, on every rank; a `UserError` of any is raised on all."""
+        error: str | None = None
+        try:
+            value = action()
+        except UserError as fault:
+            error = str(fault)
+        for rank, fault_there in enumerate(self.gather(error)):
+            if fault_there is not None:
+                raise UserError(fault_there if rank == 0 else f"on rank {rank}: {fault_there}")
+        return value
+
+    def check_stop(self, stop: StopRequest) -> None:
+        """Raise `Stopped` on every rank when any was told to stop."""
+        for reason in self.gather(stop.reason()):
+            if reason is not None:
+                raise Stopped(reason)
+
     def on_first(self, action: Callable[[], Value]) -> Value:
         """Run `action` on rank 0 and give its result to all; its `UserError` is raised on all."""
         outcome: list[Any] = [None, None]
@@ -130,48 +143,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def zero_file(settings: Engine) -> Path:
-    """The DeepSpeed file of a stage and offload: `recipes/zero/stageN.json` or `stageN_<offload>.json`."""
-    suffix = "" if settings.offload == "none" else f"_{settings.offload}"
-    return ROOT / "recipes" / "zero" / f"stage{settings.zero}{suffix}.json"
-
-
-def deepspeed_config(settings: Engine, training: Training, world: int) -> dict[str, Any]:
-    """The complete DeepSpeed configuration: the stage's file and what the recipe decides."""
-    path = zero_file(settings)
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"engine.zero: {path} is missing or no JSON ({error}); restore it") from error
-    if wrong := [key for key in REFUSED_KEYS if key in config]:
-        raise UserError(f"{path}: {', '.join(wrong)} belong in the recipe, not in this file; remove them")
-    stage = config.get("zero_optimization", {}).get("stage")
-    if stage != settings.zero:
-        raise UserError(f"{path}: zero_optimization.stage is {stage!r}; this file must set {settings.zero}")
-    micro_batches = training.global_batch_size // training.micro_batch_size
-    if micro_batches % world:
-        raise UserError(
-            f"training.global_batch_size: {training.global_batch_size} rows are {micro_batches} micro-batches of "
-            f"{training.micro_batch_size}, which {world} ranks cannot share evenly; choose a global batch that "
-            f"is a multiple of {world * training.micro_batch_size}, or other ranks or micro-batches"
-        )
-    config |= {
-        "train_batch_size": training.global_batch_size,
-        "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": micro_batches // world,
-        "gradient_clipping": training.gradient_clipping,  # DeepSpeed clips at 1.0 where the key is missing
-        "steps_per_print": 10**9,
-        # Named optimizers compile fused kernels; a client optimizer is exact and needs no compiler.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    if settings.precision == "bf16":
-        config["bf16"] = {"enabled": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-        config["communication_data_type"] = "fp32"  # else ranks add up gradients rounded to bf16
-    return config
 
 
 class TaskEngine:
@@ -236,11 +207,12 @@ class TaskEngine:
         self._engine.step()
 
     @property
-    def gradient_norm(self) -> float:
-        """The global gradient's norm before clipping, of the last step."""
-        # Stage 0 in fp32 clips without keeping the norm.
-        norm = self._norm if self._stage == 0 else self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+    def gradient_norm(self) -> Tensor | float | None:
+        """The global gradient's norm before clipping, of the last step, as it lies on the device."""
+        if self._stage == 0:  # which in fp32 clips without keeping the norm
+            return self._norm
+        norm: Tensor | float | None = self._engine.get_global_grad_norm()
+        return norm
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """The averaged gradient of the global batch, between the last backward and the step. Collective."""
@@ -295,6 +267,8 @@ class TaskEngine:
     def close(self) -> None:
         """Give the engine's memory back; the model it trained is not to be used afterwards."""
         self._engine.destroy()
+        gc.collect()  # DeepSpeed's engine and its hooks refer to each other in circles
+        get_accelerator().empty_cache()
 
 
 def _full_shape(parameter: nn.Parameter) -> torch.Size:

@@ -54,7 +54,7 @@ def plan_task(
 def learning_rate(training: Training, step: int, steps: int) -> float:
     """The rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then constant or half a cosine."""
     if step < training.warmup_steps:
-        return training.learning_rate * (step + 1) / training.warmup_steps
+        return training.learning_rate * ((step + 1) / training.warmup_steps)
     if training.schedule == "constant":
         return training.learning_rate
     progress = (step - training.warmup_steps) / max(1, steps - training.warmup_steps)
@@ -129,10 +129,10 @@ def _label_tokens(micro_batches: Step, examples: Sequence[Example]) -> int:
 class _Pending:
     """A step whose losses are on their way from the device."""
 
-    losses: Tensor  # [micro-batches + 1]: summed losses, then the number of ranks told to stop
+    losses: Tensor  # [micro-batches + 2]: summed losses, then how many ranks were told to stop, could not write
     micro_batches: Step
     rate: float
-    gradient_norm: float
+    gradient_norm: Tensor | float | None
     step: int
 
 
@@ -145,43 +145,57 @@ class _Watch:
     def __init__(self, ctx: Context, name: str, examples: Sequence[Example], log: RunLog, stop: StopRequest) -> None:
         self._ctx, self._name, self._examples, self._log, self._stop = ctx, name, examples, log, stop
         self._pending: _Pending | None = None
+        self._unwritten: UserError | None = None  # what kept rank 0 from writing its log
         self.last_loss = math.nan
 
     def submit(self, losses: Tensor, micro_batches: Step, rate: float, progress: Progress) -> None:
         """Take a step's losses; look at those of the step before."""
-        told = float(self._stop.reason() is not None)
-        summed = self._ctx.ranks.all_sum(torch.cat([losses, losses.new_tensor([told])]))
+        flags = losses.new_tensor([self._stop.reason() is not None, self._unwritten is not None])
+        summed = self._ctx.ranks.all_sum(torch.cat([losses, flags]))
         previous = self._pending
         self._pending = _Pending(summed, micro_batches, rate, self._ctx.engine.gradient_norm, self._ctx.step)
         self._look(previous, progress)
 
     def finish(self, progress: Progress) -> None:
-        """Look at the last step's losses."""
-        self._look(self._pending, progress)
+        """Look at the last step's losses; a task that is through is kept, so nobody is stopped here any more."""
+        self._look(self._pending, progress, last=True)
+        self._ctx.ranks.together(self._raise_unwritten)
 
-    def _look(self, step: _Pending | None, progress: Progress) -> None:
+    def _look(self, step: _Pending | None, progress: Progress, *, last: bool = False) -> None:
         if step is None:
             return
-        *losses, told = step.losses.tolist()
+        *losses, told, unwritten = step.losses.tolist()
+        if unwritten:
+            self._ctx.ranks.together(self._raise_unwritten)
         if not math.isfinite(sum(losses)):
             raise UserError(self._not_finite(step, losses))
         rows = [row for micro_batch in step.micro_batches for row in micro_batch if row != PADDING_ROW]
         self.last_loss = sum(losses) / _label_tokens(step.micro_batches, self._examples)
         tokens = sum(len(self._examples[row].input_ids) + len(self._examples[row].label_ids) for row in rows)
         progress.advance(loss=self.last_loss, tokens=tokens)
-        self._log.event(
-            "step",
-            task_index=self._ctx.task_index,
-            task=self._name,
-            step=step.step,
-            loss=self.last_loss,
-            learning_rate=step.rate,
-            gradient_norm=step.gradient_norm,
-            rows=len(rows),
-            tokens=tokens,
-        )
-        if told:
+        self._tell(step, len(rows), tokens)
+        if told and not last:
             raise Stopped(self._stop.reason() or "another rank was told to stop")
+
+    def _tell(self, step: _Pending, rows: int, tokens: int) -> None:
+        try:
+            self._log.event(
+                "step",
+                task_index=self._ctx.task_index,
+                task=self._name,
+                step=step.step,
+                loss=self.last_loss,
+                learning_rate=step.rate,
+                gradient_norm=step.gradient_norm,
+                rows=rows,
+                tokens=tokens,
+            )
+        except UserError as error:  # a full disk, met by rank 0 alone: all ranks are told with the next step's losses
+            self._unwritten = error
+
+    def _raise_unwritten(self) -> None:
+        if self._unwritten is not None:
+            raise self._unwritten
 
     def _not_finite(self, step: _Pending, losses: Sequence[float]) -> str:
         bad = [

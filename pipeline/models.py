@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -87,7 +87,7 @@ def _fetch(settings: Model) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
             f"model.path: {settings.path} at {settings.revision} could not be fetched "
-            f"({str(error).strip().splitlines()[0]}); check id, revision, network and licence, "
+            f"({(str(error).strip() or repr(error)).splitlines()[0]}); check id, revision, network and licence, "
             "or give a local folder: model.path=FOLDER"
         ) from error
 
@@ -98,9 +98,10 @@ def _check_folder(folder: Path, family: str) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {folder}: config.json is missing or damaged ({error})") from error
     wanted = FAMILIES[family]
-    if config.get("model_type") != wanted.model_type:
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if model_type != wanted.model_type:
         raise UserError(
-            f"model.family: {family}: {folder} holds a {config.get('model_type')!r} model, "
+            f"model.family: {family}: {folder} holds a {model_type!r} model, "
             f"not {wanted.model_type!r}; set the family or the path"
         )
     if not _weight_files(folder):
@@ -116,7 +117,10 @@ def _weight_files(folder: Path) -> list[Path]:
     """The checkpoint's files; with an index, exactly those that it names."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"model.path: {index} is damaged ({error!r}); fetch the checkpoint again") from error
         missing = sorted(name for name in names if not (folder / name).is_file())
         if missing:
             raise UserError(f"model.path: {folder}: {missing[0]} is missing; fetch the checkpoint again")
@@ -127,7 +131,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def fingerprint(folder: Path) -> str:
     """SHA-256 over config, tokenizer and weights: two backbones of one fingerprint train alike."""
     digest = hashlib.sha256()
-    files = [folder / "config.json", *_weight_files(folder)]
+    files = [*sorted(folder.glob("*config.json")), *_weight_files(folder)]  # generation_config names the end of a text
     files += sorted([*folder.glob("*.model"), *folder.glob("tokenizer*.json")])
     for path in files:
         digest.update(path.name.encode())
@@ -143,7 +147,7 @@ def load_tokenizer(folder: Path, family: str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = _llama_tokenizer(folder) if family == "llama2" else _t5_tokenizer(folder)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"model.path: {folder}: the tokenizer cannot be read ({error})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token  # padding must not be BOS or EOS, which carry meaning
@@ -170,12 +174,23 @@ def load_backbone(folder: Path, family: str, *, dtype: torch.dtype) -> nn.Module
     """The frozen backbone of `folder` on the CPU, in `dtype`, in evaluation mode."""
     transformers.logging.disable_progress_bar()  # a bar per task and rank tells nobody anything
     try:
-        model: nn.Module = FAMILIES[family].model_class.from_pretrained(
-            str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        model, report = FAMILIES[family].model_class.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.path: {folder}: the weights cannot be read ({error})") from error
-    return model.requires_grad_(False).eval()
+    if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers there
+        raise UserError(
+            f"model.path: {folder}: the checkpoint lacks {len(missing)} tensor(s), such as {missing[0]}; "
+            "fetch it again, or check model.family"
+        )
+    backbone: nn.Module = model
+    return backbone.requires_grad_(False).eval()
 
 
 def skeleton(folder: Path, family: str) -> PreTrainedModel:
@@ -227,14 +242,28 @@ def merge(model: nn.Module, folder: Path, targets: Iterable[str], updates: Mappi
         weight.copy_(total)
 
 
+def check_weights(folder: Path, targets: Iterable[str]) -> None:
+    """Refuse a checkpoint whose files are damaged or lack a target's weight, by their headers alone."""
+    checkpoint = Checkpoint(folder)
+    for target in targets:
+        if f"{target}.weight" not in checkpoint:
+            raise UserError(f"model.path: {folder}: the weights lack {target}.weight; fetch the checkpoint again")
+
+
 class Checkpoint:
     """Single tensors of a safetensors checkpoint, read by name."""
 
     def __init__(self, folder: Path) -> None:
         self._file_of: dict[str, Path] = {}
         for path in _weight_files(folder):
-            with safe_open(path, framework="pt") as tensors:
-                self._file_of |= dict.fromkeys(tensors.keys(), path)
+            try:
+                with safe_open(path, framework="pt") as tensors:
+                    self._file_of |= dict.fromkeys(tensors.keys(), path)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"model.path: {path} is damaged ({error}); fetch the checkpoint again") from error
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, on the CPU, in the file's dtype."""
@@ -289,4 +318,6 @@ def prepare_for_training(model: nn.Module, *, gradient_checkpointing: bool) -> N
     model.train()
     if gradient_checkpointing:
         assert isinstance(model, PreTrainedModel)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.23 warns of the old name; older releases know no other.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})

@@ -8,18 +8,19 @@ from typing import Any
 from torch import nn
 
 from eval.accuracy import cells_for
-from pipeline.models import skeleton, target_modules
+from pipeline.deepspeed_config import micro_batches_per_rank
+from pipeline.models import skeleton
 from pipeline.recipe import Recipe
-from pipeline.workload import Workload, load_workload
+from pipeline.workload import Alone, Workload, load_workload
 
 GIB = 2**30
 
 
 def format_plan(recipe: Recipe, *, world: int) -> str:
     """The resolved recipe, tasks with rows, truncated rows and steps, trainable parameters, memory per rank."""
-    workload = load_workload(recipe)
-    model = skeleton(workload.model_folder, recipe.model.family)
-    targets = target_modules(model, recipe.model.family, recipe.adapter.target_modules)
+    micro_batches_per_rank(recipe.training, world)
+    workload = load_workload(recipe, Alone())
+    model, targets = skeleton(workload.model_folder, recipe.model.family), workload.targets
     frozen = sum(parameter.numel() for parameter in model.parameters())
     trained = trainable_parameters(model, targets, recipe.adapter.rank)
     parts = memory_per_rank(recipe, workload, model, frozen=frozen, trained=trained, world=world)
@@ -31,7 +32,8 @@ def format_plan(recipe: Recipe, *, world: int) -> str:
         f"{trained:,} trainable parameters per task ({100 * trained / frozen:.2f} %)",
         f"memory per rank, estimated, with {world} rank(s), zero {recipe.engine.zero}, {recipe.engine.precision}:",
         *(f"  {name:<42}{size / GIB:8.2f} GiB" for name, size in parts.items()),
-        f"  {'together':<42}{sum(parts.values()) / GIB:8.2f} GiB",
+        f"  {'together, while training':<42}{sum(parts.values()) / GIB:8.2f} GiB",
+        f"  {'while scoring, whatever the stage':<42}{_scoring_bytes(recipe, frozen) / GIB:8.2f} GiB and the cache",
     ]
     return "\n".join(lines)
 
@@ -57,6 +59,11 @@ def memory_per_rank(
         "optimizer": 0 if on_host else trained * per_parameter / (world if stage else 1),
         "activations of the longest micro-batch": _activation_bytes(recipe, workload, model, width),
     }
+
+
+def _scoring_bytes(recipe: Recipe, frozen: int) -> int:
+    """A whole copy of the weights: each rank scores its share of the rows with a plain, merged model."""
+    return frozen * (2 if recipe.engine.precision == "bf16" else 4)
 
 
 def _activation_bytes(recipe: Recipe, workload: Workload, model: nn.Module, width: int) -> float:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from data_prep.errors import UserError
-from data_prep.files import write_atomic, write_json
+from data_prep.files import TEMPORARY, write_atomic, write_json, writing
 from pipeline.recipe import Recipe
-from pipeline.recipe_source import ROOT, flatten, parse_yaml
+from pipeline.recipe_source import ROOT, flatten
 from pipeline.workload import Workload
 
+LOCK = ".lock"  # held by rank 0 for as long as it lives
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
 
 
@@ -33,25 +34,41 @@ class RunFolder:
         Raises `UserError` where it belongs to another recipe, to a run in progress, or cannot be written.
         """
         existing = self.path / "recipe.yaml"
-        if existing.is_file():
-            self._same_recipe(recipe, existing)
-            self._not_in_use()
-            return True
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        resumed = existing.is_file()
+        if not resumed and self.path.exists() and (not self.path.is_dir() or any(map(_foreign, self.path.iterdir()))):
             raise UserError(
                 f"output.dir: {self.path} exists and is not the folder of a run; choose another: output.dir=FOLDER"
             )
-        try:
+        if resumed:
+            self._same_recipe(recipe, existing)
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(
-                f"output.dir: {self.path} cannot be made ({error.strerror}); choose another: output.dir=FOLDER"
+                f"output.dir: {self.path} is being written by another run ({self._owner()}); wait for it, or stop it"
             ) from error
-        write_atomic(existing, recipe.to_yaml())
-        return False
+        for leftover in self.path.rglob(f"{TEMPORARY}*"):
+            if leftover.is_file():
+                leftover.unlink()
+        if not resumed:
+            write_atomic(existing, recipe.to_yaml())
+        return resumed
+
+    def close(self) -> None:
+        """The run is over, or leaves the folder to be gone on with."""
+        (self.path / "pids").unlink(missing_ok=True)
+        self._lock.close()
+
+    def _owner(self) -> str:
+        pids = self.path / "pids"
+        lines = pids.read_text(encoding="utf-8").splitlines() if pids.is_file() else []
+        return f"process {lines[0].split()[2]} on {lines[0].split()[1]}" if lines else "which is just starting"
 
     def _same_recipe(self, recipe: Recipe, existing: Path) -> None:
-        old = Recipe.model_validate_json(json.dumps(parse_yaml(existing.read_text(encoding="utf-8"))))
+        old = Recipe.load_resolved(existing)
         if old.sha256 == recipe.sha256:
             return
         before, now = flatten(old.influences()), flatten(recipe.influences())
@@ -70,39 +87,22 @@ class RunFolder:
             )
         )
 
-    def _not_in_use(self) -> None:
-        for line in self._pid_lines():
-            host, pid, created = line["host"], line["pid"], line["created"]
-            try:
-                alive = host == platform.node() and psutil.Process(pid).create_time() == created
-            except psutil.Error:
-                alive = False
-            if alive:
-                raise UserError(
-                    f"output.dir: {self.path} is being written by process {pid} (see its file pids); "
-                    "wait for it, or stop it with: kill " + str(pid)
-                )
-
-    def _pid_lines(self) -> list[dict[str, Any]]:
-        path = self.path / "pids"
-        if not path.is_file():
-            return []
-        lines = (line.split() for line in path.read_text(encoding="utf-8").splitlines())
-        return [{"host": host, "pid": int(pid), "created": float(created)} for _, host, pid, created in lines]
-
-    def write_pids(self, ranks: Sequence[tuple[str, int, float]]) -> None:
-        """Name the ranks of the run: a line "rank host pid start" each, for whoever wants to signal them."""
-        lines = [f"{rank} {host} {pid} {created!r}\n" for rank, (host, pid, created) in enumerate(ranks)]
+    def write_pids(self, ranks: Sequence[tuple[str, int]]) -> None:
+        """Name the ranks of the run: a line "rank host pid" each, for whoever wants to signal them."""
+        lines = [f"{rank} {host} {pid}\n" for rank, (host, pid) in enumerate(ranks)]
         write_atomic(self.path / "pids", "".join(lines))
-
-    def remove_pids(self) -> None:
-        """The run is over."""
-        (self.path / "pids").unlink(missing_ok=True)
 
     def read_facts(self) -> dict[str, Any]:
         """The content of `run.json`, empty where there is none yet."""
         path = self.path / "run.json"
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            if content:
+                _fingerprints(content, content)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: damaged ({error!r}); delete this file, and the run goes on from its stages"
+            ) from error
         return content
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
@@ -132,13 +132,17 @@ def _fingerprints(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[
     return pairs
 
 
-def this_process() -> tuple[str, int, float]:
-    """Host, process id and start of this process."""
-    process = psutil.Process()
-    return platform.node(), process.pid, process.create_time()
+def this_process() -> tuple[str, int]:
+    """Host and process id."""
+    return platform.node(), os.getpid()
 
 
-def run_facts(workload: Workload, *, trainable_parameters: int | None = None) -> dict[str, Any]:
+def _foreign(path: Path) -> bool:
+    """Whether a folder that holds `path` is more than the first moments of a run that was killed."""
+    return path.name != LOCK and not path.name.startswith(TEMPORARY)
+
+
+def run_facts(workload: Workload) -> dict[str, Any]:
     """What `run.json` says from the start."""
     recipe = workload.recipe
     return {
@@ -168,7 +172,7 @@ def run_facts(workload: Workload, *, trainable_parameters: int | None = None) ->
         },
         "versions": {"python": platform.python_version(), **_versions()},
         "git": git_state(),
-        "trainable_parameters": trainable_parameters,
+        "trainable_parameters": None,
         "leak": None,
         "timing": {},
     }

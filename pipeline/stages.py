@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from data_prep.files import sync_folder, write_synced, writing
+from data_prep.files import TEMPORARY, sync_folder, write_synced, writing
 from pipeline.stage_files import (
     MANIFEST,
     DamagedStageError,
@@ -35,7 +35,6 @@ from pipeline.stage_files import (
     write_new,
 )
 
-TEMPORARY = ".tmp-"
 FACTORS = "trained/factors.safetensors"
 
 

@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM, SIGUSR1, or a launcher that has gone and can no longer tell anybody.
+"""Being told to stop: SIGTERM, SIGUSR1, Ctrl-C, or a launcher that has gone and can no longer tell anybody.
 
 The DeepSpeed launcher dies of a signal without passing it on and leaves its ranks running; so every rank watches
 the processes that started it.
@@ -25,10 +25,12 @@ class StopRequest:
     def __init__(self) -> None:
         self._signal: int | None = None
         self._launchers = [process for process in psutil.Process().parents() if _is_launcher(process)]
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._received)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
+        if number == self._signal == signal.SIGINT:
+            raise KeyboardInterrupt  # Ctrl-C a second time: somebody does not want to wait for the next whole state
         self._signal = number
 
     def reason(self) -> str | None:

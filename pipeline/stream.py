@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_prep.errors import UserError
 from eval.accuracy import cells_for
 from eval.report import write_results
 from eval.run_files import UNTRAINED, read_run, stage_names
 from eval.summary import format_summary
-from pipeline.adapters.lora import Factors
 from pipeline.cells import CellBook
 from pipeline.context import Context
-from pipeline.engine import Ranks, TaskEngine, deepspeed_config
+from pipeline.deepspeed_config import deepspeed_config
+from pipeline.engine import Ranks, TaskEngine
 from pipeline.loop import train_task
 from pipeline.methods import METHODS, Method
-from pipeline.models import LabelLoss, load_backbone, merge, prepare_for_training, target_modules
-from pipeline.recipe import Recipe
+from pipeline.models import LabelLoss, prepare_for_training
+from pipeline.recipe import Output, Recipe
 from pipeline.run_folder import RunFolder, run_facts, this_process
 from pipeline.runlog import RunLog
 from pipeline.stages import Stage, StageStore, stage_key
-from pipeline.stopping import StopRequest
+from pipeline.stopping import STOPPED_EXIT_CODE, Stopped, StopRequest
+from pipeline.weights import Weights
 from pipeline.workload import StreamTask, Workload, load_workload
 
 
@@ -37,24 +37,14 @@ def run(recipe: Recipe, stop: StopRequest, *, share: bool = False) -> dict[str, 
     `share`: take over stages of equal address from the runs beside this one, instead of training them again.
     """
     ranks = Ranks.start()
-    deepspeed_config(recipe.engine, recipe.training, ranks.world)  # a wrong world size fails here, early
-    workload = load_workload(recipe, ranks.on_first)
-    folder = RunFolder(recipe.run_dir)
-    resumed = ranks.on_first(lambda: folder.open(recipe))
-    facts = run_facts(workload)
-    ranks.on_first(lambda: folder.check_data(facts))
-    processes = ranks.gather(this_process())
-    ranks.on_first(lambda: folder.write_pids(processes))
-    log = RunLog(folder.path / "metrics.jsonl" if ranks.first else None, console=ranks.first)
-    log.say(f"{'going on with' if resumed else 'starting'} {folder.path} on {ranks.world} rank(s), {ranks.device}")
+    stream = _open(recipe, ranks, stop, share=share)
     try:
-        _Stream(recipe, workload, ranks, folder, log, stop, facts, share=share).run()
-        results = ranks.on_first(lambda: write_results(folder.path))
+        stream.run()
+        results = ranks.on_first(lambda: write_results(recipe.run_dir))
     finally:
-        if ranks.first:
-            folder.remove_pids()
-    log.say(format_summary(results))
-    log.say(f"report: {folder.path / 'report.md'}")
+        stream.close()
+    stream.log.say(format_summary(results))
+    stream.log.say(f"report: {recipe.run_dir / 'report.md'}")
     ranks.barrier()
     return results
 
@@ -62,44 +52,40 @@ def run(recipe: Recipe, stop: StopRequest, *, share: bool = False) -> dict[str, 
 def rescore(run_dir: Path) -> None:
     """Score every stage of a finished or unfinished run again, with its own recipe."""
     read_run(run_dir)  # a folder that is no run is named as such
-    recipe = Recipe.load(run_dir.resolve() / "recipe.yaml", [f"output.dir={run_dir.resolve()}"])
-    ranks = Ranks.start()
-    workload = load_workload(recipe, ranks.on_first)
+    recipe = Recipe.load_resolved(run_dir.resolve() / "recipe.yaml")
+    recipe = recipe.model_copy(update={"output": Output(dir=str(run_dir.resolve()))})  # it may have been moved
+    stop = StopRequest()
+    try:
+        stream = _open(recipe, Ranks.start(), stop)
+        try:
+            stream.score_again()
+        finally:
+            stream.close()
+    except Stopped as reason:
+        print(f"stopped: {reason}; run the same command again", file=sys.stderr)
+        raise SystemExit(STOPPED_EXIT_CODE) from None
+
+
+def _open(recipe: Recipe, ranks: Ranks, stop: StopRequest, *, share: bool = False) -> _Stream:
+    """Read and check everything, then take the run's folder: until then nothing is written."""
+    ranks.together(lambda: deepspeed_config(recipe.engine, recipe.training, ranks.world))
+    workload = load_workload(recipe, ranks)
+    ranks.check_stop(stop)
     folder = RunFolder(recipe.run_dir)
     facts = run_facts(workload)
-    folder.check_data(facts)
-    log = RunLog(folder.path / "metrics.jsonl", console=True)
-    _Stream(recipe, workload, ranks, folder, log, StopRequest(), facts).score_again()
+    log = RunLog(None, console=False)
 
+    def take() -> None:
+        nonlocal log
+        resumed = folder.open(recipe)
+        folder.check_data(facts)
+        log = RunLog(folder.path / "metrics.jsonl", console=True)
+        log.say(f"{'going on with' if resumed else 'starting'} {folder.path}: {ranks.world} rank(s), {ranks.device}")
 
-@dataclass
-class _Weights:
-    """The one clean copy of the backbone: what a training engine gets is given away and loaded anew."""
-
-    workload: Workload
-    device: torch.device
-    _model: nn.Module | None = None
-
-    def __post_init__(self) -> None:
-        recipe = self.workload.recipe
-        self._dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
-        self.targets: list[str] = []
-
-    def model(self, updates: Mapping[str, Sequence[Factors]]) -> nn.Module:
-        """The backbone with `updates` merged, in evaluation mode, on the device."""
-        recipe, folder = self.workload.recipe, self.workload.model_folder
-        if self._model is None:
-            model = load_backbone(folder, recipe.model.family, dtype=self._dtype)
-            self.targets = target_modules(model, recipe.model.family, recipe.adapter.target_modules)
-            self._model = model.to(self.device)
-        merge(self._model, folder, self.targets, updates)
-        return self._model.eval()
-
-    def give_away(self, updates: Mapping[str, Sequence[Factors]]) -> nn.Module:
-        """The same, for an engine that changes the model beyond repair."""
-        model = self.model(updates)
-        self._model = None
-        return model
+    ranks.on_first(take)
+    processes = ranks.gather(this_process())
+    ranks.on_first(lambda: folder.write_pids(processes))
+    return _Stream(workload, ranks, folder, log, stop, facts, share=share)
 
 
 class _Stream:
@@ -107,7 +93,6 @@ class _Stream:
 
     def __init__(
         self,
-        recipe: Recipe,
         workload: Workload,
         ranks: Ranks,
         folder: RunFolder,
@@ -115,21 +100,28 @@ class _Stream:
         stop: StopRequest,
         facts: dict[str, Any],
         *,
-        share: bool = False,
+        share: bool,
     ) -> None:
-        self.share = share
+        recipe = workload.recipe
         self.recipe, self.workload, self.ranks, self.folder = recipe, workload, ranks, folder
-        self.log, self.stop, self.facts = log, stop, facts
+        self.log, self.stop, self.share = log, stop, share
         self.stages = StageStore(folder.path / "stages")
         self.cells = CellBook(folder.path, workload, ranks, log, stop)
-        self.weights = _Weights(workload, ranks.device)
+        self.weights = Weights(workload, ranks.device)
         self.method: Method[Any] = METHODS[recipe.method.name](recipe.method, recipe.adapter)
         self.names = stage_names([task.name for task in workload.tasks])
         self.plan = cells_for(recipe.evaluation.cells, len(workload.tasks))
+        self.origin = {"versions": facts["versions"], "git": facts["git"]}
+        # A run that only goes on to report keeps saying by which code its stages were trained.
         old = ranks.on_first(folder.read_facts)
-        facts["timing"] = old.get("timing", {})
-        facts["trainable_parameters"] = old.get("trainable_parameters")
+        kept = ("timing", "trainable_parameters", "versions", "git")
+        self.facts = facts | {key: old[key] for key in kept if key in old}
         ranks.on_first(self._write_facts)
+
+    def close(self) -> None:
+        """Give the folder back."""
+        if self.ranks.first:
+            self.folder.close()
 
     def run(self) -> None:
         """Every stage and cell that is missing."""
@@ -149,10 +141,9 @@ class _Stream:
         key: str | None = None
         for task in self.workload.tasks:
             key = self._key(key, task)
-            stage = self.stages.find(task.index, key)
-            if stage is None:
+            if not self._take(task, key):
+                self.log.say(f"task {task.index} {task.name}: no stage yet; run the recipe to train it")
                 return
-            self.method.load_trained(task.index, stage.load_trained())
             planned = [self.workload.tasks[i] for i in self.plan[task.index - 1]]
             self._score(self.names[task.index], key, planned, again=True)
 
@@ -161,15 +152,22 @@ class _Stream:
         return stage_key(previous, influences)
 
     def _take_or_train(self, task: StreamTask, key: str) -> None:
+        if self._take(task, key):
+            self.log.say(f"task {task.index} {task.name}: taken from its stage")
+            return
+        self.ranks.check_stop(self.stop)
+        self.ranks.on_first(lambda: self.log.truncate_after(task.index))
+        self.method.load_trained(task.index, self._train(task, key))
+
+    def _take(self, task: StreamTask, key: str) -> bool:
+        """Give the method what the task's stage holds; False where there is none."""
         saved = self.ranks.on_first(lambda: self._read_stage(task, key))
         if saved is None:
-            self.ranks.on_first(lambda: self.log.truncate_after(task.index))
-            tensors = self._train(task, key)
-        else:
-            tensors, method_tensors, method_values = saved
-            self.method.load_state_dict(method_tensors, method_values)
-            self.log.say(f"task {task.index} {task.name}: taken from its stage")
+            return False
+        tensors, method_tensors, method_values = saved
+        self.method.load_state_dict(method_tensors, method_values)
         self.method.load_trained(task.index, tensors)
+        return True
 
     def _read_stage(self, task: StreamTask, key: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Any] | None:
         stage = self.stages.find(task.index, key) or self._shared_stage(task, key)
@@ -187,26 +185,12 @@ class _Stream:
         return None
 
     def _train(self, task: StreamTask, key: str) -> dict[str, Tensor]:
-        """Train one task and publish its stage."""
-        recipe, method = self.recipe, self.method
-        clock = _Clock()
-        model = self.weights.give_away(method.frozen())
-        ctx = Context(
-            model,
-            ranks=self.ranks,
-            family=recipe.model.family,
-            pad_id=int(self.workload.tokenizer.pad_token_id),
-            targets=self.weights.targets,
-            task_index=task.index,
-            examples=task.train,
-            micro_batch_size=task.training.micro_batch_size,
-            seed=recipe.seed,
-        )
+        """Train one task and publish its stage; returns its trained tensors."""
+        recipe, method, clock = self.recipe, self.method, _Clock()
+        ctx = self._context(task)
         method.begin_task(ctx)
-        prepare_for_training(model, gradient_checkpointing=recipe.engine.gradient_checkpointing)
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        engine = TaskEngine(LabelLoss(model, recipe.model.family), recipe.engine, task.training, self.ranks)
-        ctx.started(engine)
+        engine = self._start_engine(ctx, task)
+        method.engine_started(ctx)
         clock.lap("method_s")
         summary = train_task(
             ctx,
@@ -227,18 +211,40 @@ class _Stream:
         self.ranks.on_first(lambda: self._publish(task, key, tensors))
         clock.lap("save_s")
         self.facts["timing"][task.name] = clock.seconds
-        self.facts["trainable_parameters"] = trainable
-        self.ranks.on_first(self._write_facts)
-        self.log.event(
-            "task",
-            task_index=task.index,
-            task=task.name,
-            steps=summary.steps,
-            last_loss=summary.last_loss,
-            trainable_parameters=trainable,
-            **clock.seconds,
-        )
+        self.facts |= self.origin
+
+        def tell() -> None:
+            self._write_facts()
+            done = {"steps": summary.steps, "last_loss": summary.last_loss, **clock.seconds}
+            self.log.event("task", task_index=task.index, task=task.name, **done)
+
+        self.ranks.on_first(tell)
         return tensors
+
+    def _context(self, task: StreamTask) -> Context:
+        return Context(
+            self.weights.give_away(self.method.frozen()),
+            ranks=self.ranks,
+            family=self.recipe.model.family,
+            pad_id=int(self.workload.tokenizer.pad_token_id),
+            targets=self.workload.targets,
+            task_index=task.index,
+            examples=task.train,
+            micro_batch_size=task.training.micro_batch_size,
+            seed=self.recipe.seed,
+        )
+
+    def _start_engine(self, ctx: Context, task: StreamTask) -> TaskEngine:
+        """Hand the model with its adapter to DeepSpeed."""
+        recipe = self.recipe
+        prepare_for_training(ctx.model, gradient_checkpointing=recipe.engine.gradient_checkpointing)
+        trained = [parameter for parameter in ctx.model.parameters() if parameter.requires_grad]
+        self.facts["trainable_parameters"] = sum(parameter.numel() for parameter in trained)
+        if recipe.engine.zero == 3:
+            ctx.model.to("cpu")  # DeepSpeed takes its shards from there; the device never holds model and shards
+        engine = TaskEngine(LabelLoss(ctx.model, recipe.model.family), recipe.engine, task.training, self.ranks)
+        ctx.started(engine)
+        return engine
 
     def _refuse_not_finite(self, task: StreamTask, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -279,10 +285,10 @@ class _Stream:
             return
         model = self.weights.model({} if after == UNTRAINED else self.method.active())
         for task in missing:
-            self.stop.check()
+            self.ranks.check_stop(self.stop)
             self.method.begin_evaluation(task.name)
             self.cells.score(model, after, key, task)
-        timing = self.facts["timing"].setdefault(after if after == UNTRAINED else after[3:], {})
+        timing = self.facts["timing"].setdefault(UNTRAINED if after == UNTRAINED else after.split("-", 1)[1], {})
         timing["evaluate_s"] = round(timing.get("evaluate_s", 0.0) + time.monotonic() - start, 3)
         self.ranks.on_first(self._write_facts)
 

@@ -114,7 +114,7 @@ def train_tokenizer(family: Family) -> bytes:
         sentence_iterator=iter(lines),
         model_writer=file,
         vocab_size=MAKING[family].vocabulary,
-        character_coverage=1.0,  # less drops the rarest: a label with such a character could never be said
+        # without these the rarest letters are dropped, and a label that has one can never be said
         required_chars=string.ascii_letters + string.digits + string.punctuation,
         hard_vocab_limit=False,  # a few pieces fewer, rather than a fault, if the text has no more to give
         num_threads=1,

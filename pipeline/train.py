@@ -52,7 +52,11 @@ def main() -> int:
         if first:
             print(f"stopped: {reason}; run the same command again to go on", file=sys.stderr, flush=True)
         return STOPPED_EXIT_CODE
+    except KeyboardInterrupt:
+        return STOPPED_EXIT_CODE
     except Exception:
+        if stop.reason():  # another rank, told to stop as well, was gone first
+            return STOPPED_EXIT_CODE
         traceback.print_exc()
         return 1
     return 0

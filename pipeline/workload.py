@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,8 +15,18 @@ from data_prep.synthetic import ensure_folder
 from data_prep.tasks import Task, TaskData, load_tasks
 from eval.scoring import normalise
 from pipeline.loop import Step, plan_task
-from pipeline.models import backbone_folder, fingerprint, load_tokenizer
+from pipeline.models import (
+    backbone_folder,
+    check_weights,
+    fingerprint,
+    load_tokenizer,
+    skeleton,
+    target_modules,
+)
 from pipeline.recipe import SYNTHETIC, Recipe, Training
+
+if TYPE_CHECKING:
+    from pipeline.engine import Ranks
 
 Value = TypeVar("Value")
 
@@ -58,14 +68,11 @@ class Workload:
     """A recipe with everything that it names, read."""
 
     recipe: Recipe
-    model_folder: Any
+    model_folder: Path
+    model_fingerprint: str  # hash of the backbone's files
+    targets: list[str]  # layers that carry an adapter
     tokenizer: PreTrainedTokenizerBase
     tasks: list[StreamTask]
-
-    @cached_property
-    def model_fingerprint(self) -> str:
-        """Hash of the backbone's files."""
-        return fingerprint(self.model_folder)
 
     def steps(self, task: StreamTask) -> list[Step]:
         """The task's optimizer steps."""
@@ -75,15 +82,13 @@ class Workload:
     def training_influences(self, task: StreamTask, method: Mapping[str, Any]) -> dict[str, Any]:
         """All that decides a task's trained weights beside the stage before it: the stage's address."""
         recipe = self.recipe
-        data = recipe.data
         training = task.training.model_dump(mode="json", exclude={"micro_batch_size", "per_task"})
         return {
             "backbone": self.model_fingerprint,
             "family": recipe.model.family,
             "rows": task.data.fingerprints["train"],
-            "prompt": [data.max_source_tokens, data.truncation, data.add_task_name, data.add_dataset_name],
-            "names": [task.name, task.data.task.family],
-            "adapter": recipe.adapter.model_dump(mode="json"),
+            **self._prompt_influences(task),
+            "adapter": recipe.adapter.model_dump(mode="json", exclude={"kind"}),
             "training": training,
             "batching": recipe.batching.model_dump(mode="json"),
             "precision": recipe.engine.precision,
@@ -97,15 +102,16 @@ class Workload:
         recipe = self.recipe
         return {
             "rows": task.data.fingerprints["evaluation"],
-            "prompt": [
-                recipe.data.max_source_tokens,
-                recipe.data.truncation,
-                recipe.data.add_task_name,
-                recipe.data.add_dataset_name,
-            ],
-            "names": [task.name, task.data.task.family],
+            **self._prompt_influences(task),
             "decoding": [recipe.evaluation.decoding, recipe.evaluation.max_new_tokens],
             "label_scoring": recipe.evaluation.label_scoring,
+        }
+
+    def _prompt_influences(self, task: StreamTask) -> dict[str, Any]:
+        data = self.recipe.data
+        return {
+            "prompt": [data.max_source_tokens, data.truncation, data.add_task_name, data.add_dataset_name],
+            "names": [task.name, task.data.task.family],
         }
 
 
@@ -122,33 +128,56 @@ def _refuse_alike(task: Task) -> None:
             )
 
 
-def _at_once(action: Callable[[], Value]) -> Value:
-    return action()
+class Alone:
+    """The group of ranks of a process that is the only one: what `--plan` and `data_prep` run on."""
+
+    def on_first(self, action: Callable[[], Value]) -> Value:
+        """Run `action`."""
+        return action()
+
+    def together(self, action: Callable[[], Value]) -> Value:
+        """Run `action`."""
+        return action()
 
 
-def load_workload(recipe: Recipe, on_first: Callable[[Callable[[], Any]], Any] = _at_once) -> Workload:
-    """Read and encode what `recipe` names; `on_first` runs on one rank what makes files on first use."""
+def load_workload(recipe: Recipe, ranks: Ranks | Alone) -> Workload:
+    """Read, encode and check what `recipe` names. What makes files on first use runs on one rank alone.
+
+    Raises `UserError`, on all ranks, before anything of a run is written.
+    """
     if recipe.data.path == SYNTHETIC:
-        on_first(ensure_folder)
-    folder = on_first(lambda: backbone_folder(recipe.model))
+        ranks.on_first(ensure_folder)
+    folder = ranks.on_first(lambda: backbone_folder(recipe.model))
+    model_fingerprint = ranks.on_first(lambda: fingerprint(folder))
+    return ranks.together(lambda: _read(recipe, folder, model_fingerprint))
+
+
+def _read(recipe: Recipe, folder: Path, model_fingerprint: str) -> Workload:
     family = recipe.model.family
+    targets = target_modules(skeleton(folder, family), family, recipe.adapter.target_modules)
+    check_weights(folder, targets)
     tokenizer = load_tokenizer(folder, family)
-    names = recipe.task_names
-    tasks = []
-    for index, data in enumerate(
-        load_tasks(recipe.data, names, split=recipe.evaluation.split, seed=recipe.seed), start=1
-    ):
-        _refuse_alike(data.task)
-        if not data.train or not data.evaluation:
-            raise UserError(f"task {data.task.name}: no rows are left to {'score' if data.train else 'train on'}")
-        tasks.append(
-            StreamTask(
-                index=index,
-                data=data,
-                train=encode_rows(data.task, data.train, tokenizer, family=family, data=recipe.data),
-                evaluation=encode_rows(data.task, data.evaluation, tokenizer, family=family, data=recipe.data),
-                label_ids=encode_labels(data.task, tokenizer, family=family),
-                training=recipe.training.for_task(data.task.name),
-            )
-        )
-    return Workload(recipe, folder, tokenizer, tasks)
+    split = recipe.evaluation.split
+    tasks = load_tasks(recipe.data, recipe.task_names, split=split, seed=recipe.seed)
+    return Workload(
+        recipe=recipe,
+        model_folder=folder,
+        model_fingerprint=model_fingerprint,
+        targets=targets,
+        tokenizer=tokenizer,
+        tasks=[_encoded(recipe, index, data, tokenizer) for index, data in enumerate(tasks, start=1)],
+    )
+
+
+def _encoded(recipe: Recipe, index: int, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> StreamTask:
+    family, settings = recipe.model.family, recipe.data
+    if not data.train or not data.evaluation:
+        raise UserError(f"task {data.task.name}: no rows are left to {'score' if data.train else 'train on'}")
+    return StreamTask(
+        index=index,
+        data=data,
+        train=encode_rows(data.task, data.train, tokenizer, family=family, data=settings),
+        evaluation=encode_rows(data.task, data.evaluation, tokenizer, family=family, data=settings),
+        label_ids=encode_labels(data.task, tokenizer, family=family),
+        training=recipe.training.for_task(data.task.name),
+    )

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from data_prep.batches import Example
-from pipeline.recipe import Training
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, T5ForConditionalGeneration
+
+from data_prep.batches import Example
+from pipeline.recipe import Training
 
 MODELS = {"t5": T5ForConditionalGeneration, "llama2": LlamaForCausalLM}
 

@@ -55,7 +55,7 @@ class TaskContext(Protocol):
 class Method(Generic[Settings]):
     """A continual-learning method. State lives between tasks; adapters live within one.
 
-    The stream calls, per task: `data_for_task`, `begin_task`, then per optimizer step `penalty`, `before_step`,
+    The stream calls, per task: `begin_task`, `engine_started`, then per optimizer step `penalty`, `before_step`,
     `after_step`, then `end_task`, and `begin_evaluation` before each task that is scored.
     """
 
@@ -63,12 +63,11 @@ class Method(Generic[Settings]):
         self.settings = settings
         self.adapter = adapter
 
-    def data_for_task(self, task_index: int, rows: Sequence[Any]) -> Sequence[Any]:
-        """The rows that train task `task_index`; replay methods add old ones."""
-        return rows
-
     def begin_task(self, ctx: TaskContext) -> None:
         """Attach the task's adapter to `ctx.model`."""
+
+    def engine_started(self, ctx: TaskContext) -> None:
+        """Before the first step: the trained tensors are the engine's now and can be written."""
 
     def penalty(self, ctx: TaskContext) -> Tensor | None:
         """A term added to the loss once per optimizer step, or None."""

@@ -15,6 +15,7 @@ class LoraMethod(Method[Settings]):
     """A method that trains one LoRA on the targets per task."""
 
     _attached: Mapping[str, LoraLinear]
+    _starts: Mapping[str, Factors]
 
     def starting_factors(self, ctx: TaskContext) -> dict[str, Factors]:
         """Where this task's LoRA starts: A random, B zero (methods.md section 1)."""
@@ -24,15 +25,21 @@ class LoraMethod(Method[Settings]):
 
     def begin_task(self, ctx: TaskContext) -> None:
         """Attach the LoRA that this task trains."""
-        self._attached = attach(ctx.model, self.starting_factors(ctx), dropout=self.adapter.dropout)
+        self._starts = self.starting_factors(ctx)
+        self._attached = attach(ctx.model, self._starts, dropout=self.adapter.dropout)
+
+    def engine_started(self, ctx: TaskContext) -> None:
+        """In bf16, give the float32 masters what `attach` had to round."""
+        for name, layer in self._attached.items():
+            for parameter, start in ((layer.A, self._starts[name].A), (layer.B, self._starts[name].B)):
+                if parameter.dtype != start.dtype:
+                    ctx.write(parameter, start)
 
     def end_task(self, ctx: TaskContext) -> dict[str, Tensor]:
         """The trained factors, from the float32 masters."""
+        attached, self._attached = self._attached, {}  # the layers hold on to the whole trained model
         return to_tensors(
-            {
-                name: Factors(ctx.master(layer.A), ctx.master(layer.B), layer.scale)
-                for name, layer in self._attached.items()
-            }
+            {name: Factors(ctx.master(layer.A), ctx.master(layer.B), layer.scale) for name, layer in attached.items()}
         )
 
     def influences(self, task_index: int) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from rank_cases import Case
 from random_backbones import save_backbone
+from rank_cases import Case
 
 HERE = Path(__file__).resolve().parent
 START_SECONDS = 120  # importing DeepSpeed on a busy machine

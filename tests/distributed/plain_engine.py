@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from pipeline.recipe import Training
 from plain_reference import Float64
 from torch import Tensor, nn
+
+from pipeline.recipe import Training
 
 
 class PlainEngine:

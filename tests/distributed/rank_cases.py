@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from random_backbones import random_examples
+
 from pipeline.loop import Step, plan_task
 from pipeline.recipe import Adapter, Batching, Engine, Training
-from random_backbones import random_examples
 
 SEED = 7
 # Three steps an epoch; the third has 5 rows of 8: two full micro-batches, one half empty, one of padding alone.

@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plain_engine import PlainEngine
+from random_backbones import PAD
+from rank_cases import L2, SEED, TRAINING, WRITE_AFTER, Case
+from torch import Tensor, nn
+
 from data_prep.errors import UserError
 from pipeline.context import Context
 from pipeline.engine import Ranks, TaskEngine
@@ -21,10 +26,6 @@ from pipeline.models import LabelLoss, load_backbone, prepare_for_training, targ
 from pipeline.recipe import IncLora, SeqLora
 from pipeline.runlog import RunLog
 from pipeline.stopping import Stopped, StopRequest
-from plain_engine import PlainEngine
-from rank_cases import L2, SEED, TRAINING, WRITE_AFTER, Case
-from random_backbones import PAD
-from torch import Tensor, nn
 
 Result = dict[str, Any]
 

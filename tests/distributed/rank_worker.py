@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pipeline.engine import Ranks
 from rank_cases import Case
 from rank_runs import RUNS, Job
+
+from pipeline.engine import Ranks
 
 
 def main(cases: Path, backbones: Path, out: Path) -> None:

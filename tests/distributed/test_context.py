@@ -36,6 +36,11 @@ ACCESS_FAST = [
 ]
 
 
+def worst_step(seen: Sequence[Mapping[str, Tensor]], wanted: Sequence[Mapping[str, Tensor]]) -> float:
+    assert len(seen) == len(wanted) == 6
+    return max(relative(flat(a, list(b)), flat(b, list(b))) for a, b in zip(seen, wanted, strict=True))
+
+
 @pytest.mark.parametrize("case", full(matrix("access"), but=ACCESS_FAST), ids=str)
 def test_reads_and_writes_equal_plain_pytorch(runs, case: Case) -> None:
     for result in (runs.one(case), *runs.two(case)):
@@ -47,15 +52,10 @@ def test_reads_and_writes_equal_plain_pytorch(runs, case: Case) -> None:
         odd = [name for name in order if written[name]["value"].numel() % 2]
         assert odd, "some tensor must not divide by the number of ranks"
 
-        def worst(seen: Sequence[Mapping[str, Tensor]], wanted: Sequence[Mapping[str, Tensor]]) -> float:
-            assert len(seen) == len(wanted) == 6
-            pairs = zip(seen, wanted, strict=True)
-            return max(relative(flat(a, order), flat(b, order)) for a, b in pairs)
-
         figures = {
-            "gradient": worst(result["gradients"], reference.gradients),
-            "moment": worst(result["moments"], reference.moments),
-            "master": worst(result["masters"], reference.masters),
+            "gradient": worst_step(result["gradients"], reference.gradients),
+            "moment": worst_step(result["moments"], reference.moments),
+            "master": worst_step(result["masters"], reference.masters),
         }
         for figure, value in figures.items():
             runs.note(case, figure, value)
@@ -88,7 +88,6 @@ PENALTY_FAST = [Case("penalty", "t5", 2), Case("penalty", "llama2", 3)]
 
 def pull_to_zero(parameters: Mapping[str, Tensor]) -> Tensor:
     return L2 * torch.stack([v.square().sum() for name, v in parameters.items() if name.endswith(".A")]).sum()
-
 
 
 @pytest.mark.parametrize("case", full(matrix("penalty"), but=PENALTY_FAST), ids=str)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -67,6 +68,14 @@ def start(command: Sequence[str], *, cwd: Path = ROOT) -> subprocess.Popen[str]:
     )
 
 
+def launch(ranks: int, *arguments: str) -> list[str]:
+    """The user's main command; on a port of its own, since other runs may be under way on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [LAUNCHER, "--num_accelerators", str(ranks), "--master_port", str(port), TRAIN, *arguments]
+
+
 def train(*arguments: str) -> list[str]:
     return [sys.executable, TRAIN, *arguments]
 
@@ -100,7 +109,7 @@ def results(run_dir: Path) -> dict[str, Any]:
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One small run to the end, by the user's own command on one rank, from another folder."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    done = run([LAUNCHER, TRAIN, "recipes/tiny_t5_order1.yaml", *small("output.dir=run")], cwd=folder, timeout=400)
+    done = run(launch(1, "recipes/tiny_t5_order1.yaml", *small("output.dir=run")), cwd=folder, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "BWT" in done.stdout + done.stderr
     return folder / "run"

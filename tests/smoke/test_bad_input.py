@@ -1,11 +1,12 @@
-"""Whatever a user gets wrong: one message that says where and what to do, no traceback, exit code 2, nothing written."""
+"""Whatever a user gets wrong: one message with place and remedy, no traceback, exit code 2, nothing written."""
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import LAUNCHER, ROOT, TRAIN, run, small, train
+from conftest import launch, run, small, train
 
 RECIPE = "recipes/tiny_t5_order1.yaml"
 
@@ -34,7 +35,7 @@ def refused(done, *words: str) -> None:
 def test_a_wrong_key_is_told_and_nothing_written(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
     folder = tmp_path / "run"
     refused(run(train(RECIPE, f"output.dir={folder}", *overrides)), *words)
-    assert not folder.exists() or not list(folder.rglob("*.safetensors"))
+    assert not folder.exists()
 
 
 def test_a_model_folder_without_weights_is_refused(tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_a_label_outside_the_set_names_file_and_row(tmp_path: Path) -> None:
 
 def test_a_world_size_that_does_not_divide_is_refused_by_every_rank_at_once(tmp_path: Path) -> None:
     overrides = small(f"output.dir={tmp_path / 'run'}", "training.global_batch_size=12")
-    done = run([LAUNCHER, "--num_accelerators", "2", TRAIN, RECIPE, *overrides])
+    done = run(launch(2, RECIPE, *overrides))
     refused(done, "3 micro-batches of 4", "2 ranks cannot share")
     assert not (tmp_path / "run").exists()
 
@@ -108,10 +109,7 @@ def test_a_loss_that_is_not_finite_stops_with_rows_and_advice(tmp_path: Path) ->
 
 @pytest.mark.parametrize("module", ["eval", "data_prep", "pipeline.sweep"])
 def test_the_other_commands_refuse_in_the_same_way(tmp_path: Path, module: str) -> None:
-    import sys
-
     done = run([sys.executable, "-m", module, str(tmp_path / "nothing")])
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "nothing" in done.stderr
-    assert ROOT.is_dir()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import LAUNCHER, TRAIN, events, results, run, small, start, train, wait_for
+from conftest import events, launch, results, run, small, start, train, wait_for
 
 RECIPE = "recipes/tiny_t5_order1.yaml"
 
@@ -23,6 +23,10 @@ def kill_group(process: subprocess.Popen[str], number: int) -> tuple[int, str]:
     os.killpg(process.pid, number)
     _, err = process.communicate(timeout=120)
     return process.returncode, err
+
+
+def ranks_of(folder: Path) -> list[psutil.Process]:
+    return [psutil.Process(int(line.split()[2])) for line in (folder / "pids").read_text().splitlines()]
 
 
 def whole(folder: Path) -> bool:
@@ -69,18 +73,35 @@ def test_ranks_stop_when_their_launcher_has_gone(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     # Many epochs, so that the run cannot end by itself.
     overrides = small(f"output.dir={folder}", "training.epochs=500")
-    process = start([LAUNCHER, "--num_accelerators", "2", TRAIN, RECIPE, *overrides])
+    process = start(launch(2, RECIPE, *overrides))
     wait_for(lambda: in_task(folder, 1), process)
-    pids = [int(line.split()[2]) for line in (folder / "pids").read_text().splitlines()]
-    assert len(pids) == 2
-    ranks = [psutil.Process(pid) for pid in pids]
-    process.kill()  # the launcher alone, and in a way that it cannot pass on
-    process.communicate(timeout=60)
+    ranks = ranks_of(folder)
+    assert len(ranks) == 2
+    process.kill()  # the launcher's front end alone, and in a way that it cannot pass on
+    _, err = process.communicate(timeout=60)
     gone, alive = psutil.wait_procs(ranks, timeout=60)
     for rank in alive:
         rank.kill()
     assert len(gone) == 2, "ranks are left without a launcher"
+    assert "has gone; run the same command again to go on" in err
+    assert "Traceback" not in err
     assert whole(folder)
+
+
+@pytest.mark.parametrize("moment", ["training", "scoring"])
+def test_all_ranks_leave_with_75_when_one_is_told(reference: Path, tmp_path: Path, moment: str) -> None:
+    folder = tmp_path / "run"
+    overrides = small(f"output.dir={folder}")
+    process = start(launch(2, RECIPE, *overrides))
+    wait_for(lambda: in_task(folder, 1) if moment == "training" else (folder / "pids").exists(), process)
+    ranks_of(folder)[1].terminate()  # rank 1 alone; scoring the untrained model comes right after the pids
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err[-3000:]
+    assert "Traceback" not in err
+    assert whole(folder)
+    done = run(train(RECIPE, *overrides))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(folder) == results(reference)
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
@@ -92,4 +113,16 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     finally:
         kill_group(process, signal.SIGKILL)
     assert done.returncode == 2
-    assert f"is being written by process {process.pid}" in done.stderr
+    assert f"is being written by another run (process {process.pid}" in done.stderr
+
+
+def test_the_first_moments_of_a_killed_run_do_not_block_its_folder(reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".tmp-12-ab").write_text("half a rec")
+    (folder / ".lock").touch()
+    done = run(train(RECIPE, *small(f"output.dir={folder}", "evaluation.cells=diagonal_and_last"), "--share"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not (folder / ".tmp-12-ab").exists()
+    before, after = results(reference)["matrix"]["exact_match"], results(folder)["matrix"]["exact_match"]
+    assert after[1] == before[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from conftest import LAUNCHER, ROOT, TRAIN, events, results, run, small, train
+from conftest import ROOT, events, launch, results, run, small, train
 
 
 def test_a_run_leaves_what_is_promised(reference: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_finished_run_is_not_trained_again(reference: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.full), pytest.param(0, marks=pytest.mark.full)])
 def test_two_ranks_give_the_results_of_one(reference: Path, tmp_path: Path, zero: int) -> None:
     overrides = small(f"output.dir={tmp_path / 'run'}", f"zero={zero}")
-    done = run([LAUNCHER, "--num_accelerators", "2", TRAIN, "recipes/tiny_t5_order1.yaml", *overrides])
+    done = run(launch(2, "recipes/tiny_t5_order1.yaml", *overrides))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert results(tmp_path / "run") == results(reference)
     one, two = (

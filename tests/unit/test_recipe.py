@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_prep.errors import UserError
 from data_prep.orders import ORDERS
-from pipeline.engine import zero_file
+from pipeline.deepspeed_config import zero_file
 from pipeline.recipe import Engine, Recipe
 from pipeline.recipe_source import ROOT, apply_override, expand_path, parse_yaml, split_override
 

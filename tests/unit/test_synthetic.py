@@ -114,6 +114,12 @@ def test_pretraining_differs_by_seed() -> None:
     assert first != second
 
 
+def test_what_is_there_is_not_made_again(checkout: Path) -> None:
+    made: list[Path] = []
+    assert cache.publish("thing", made.append) == cache.publish("thing", made.append)
+    assert len(made) == 1
+
+
 def test_of_two_makers_at_once_one_wins_and_nothing_is_left_over(checkout: Path) -> None:
     both_write = threading.Barrier(2)
     found: list[Path] = []

@@ -1,0 +1,39 @@
+"""The one clean copy of the backbone that a rank holds between tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from pipeline.adapters.lora import Factors
+from pipeline.models import load_backbone, merge
+from pipeline.workload import Workload
+
+Updates = Mapping[str, Sequence[Factors]]
+
+
+class Weights:
+    """The backbone with updates merged; what a training engine gets is given away and loaded anew."""
+
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        self._workload = workload
+        self._device = device
+        self._model: nn.Module | None = None
+
+    def model(self, updates: Updates) -> nn.Module:
+        """The backbone with `updates` merged, in evaluation mode, on the device."""
+        workload = self._workload
+        if self._model is None:
+            recipe = workload.recipe
+            dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
+            self._model = load_backbone(workload.model_folder, recipe.model.family, dtype=dtype).to(self._device)
+        merge(self._model, workload.model_folder, workload.targets, updates)
+        return self._model.eval()
+
+    def give_away(self, updates: Updates) -> nn.Module:
+        """The same, for an engine that changes the model beyond repair."""
+        model = self.model(updates)
+        self._model = None
+        return model
