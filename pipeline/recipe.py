@@ -255,6 +255,18 @@ class Recipe(Group):
             raise UserError(render_faults(_shown(path), error, cls)) from error
         return recipe._resolved(source, list(overrides), given)
 
+    @classmethod
+    def load_resolved(cls, path: Path) -> Recipe:
+        """Read the recipe that a run saved, as it stands: paths are absolute already."""
+        try:
+            return cls.model_validate_json(json.dumps(read_recipe(path), default=str))
+        except (ValidationError, UserError) as error:
+            told = render_faults(str(path), error, cls) if isinstance(error, ValidationError) else str(error)
+            raise UserError(
+                f"{told}\nThis run's recipe was edited, or written by another version; delete the folder {path.parent} "
+                "or choose another: output.dir=FOLDER"
+            ) from error
+
     def _resolved(self, source: Path, overrides: list[str], given: dict[str, Any]) -> Recipe:
         """The same recipe with absolute paths."""
 

@@ -46,6 +46,10 @@ class Job:
     def folder(self) -> Path:
         return self.backbones / self.case.backbone
 
+    @property
+    def log(self) -> Path:
+        return self.scratch / "metrics.jsonl"
+
     def context(self) -> Context:
         dtype = torch.bfloat16 if self.case.precision == "bf16" else self.dtype
         model = load_backbone(self.folder, self.case.family, dtype=dtype)
@@ -66,9 +70,10 @@ class Job:
         settings = SeqLora(name="seqlora") if self.case.method == "seqlora" else IncLora(name="inclora")
         return kind(settings, self.case.adapter)
 
-    def start(self, ctx: Context, method: Any) -> Any:
-        """From a bare backbone to a started engine."""
-        method.begin_task(ctx)
+    def start(self, ctx: Context, method: Any, *, begun: bool = False) -> Any:
+        """From a bare backbone, or where the task has begun, to a started engine."""
+        if not begun:
+            method.begin_task(ctx)
         self.result["start"] = {name: value.detach().clone() for name, value in adapter_tensors(method).items()}
         prepare_for_training(ctx.model, gradient_checkpointing=self.case.checkpointing)
         engine = TaskEngine(LabelLoss(ctx.model, self.case.family), self.case.engine, self.training, self.ranks)
@@ -79,8 +84,7 @@ class Job:
         """Train the task to its end; the result says where it started, ended, and what the log holds."""
         ctx = ctx or self.context()
         engine = engine or self.start(ctx, method)
-        log_path = self.scratch / "metrics.jsonl"
-        log_path.unlink(missing_ok=True)
+        self.log.unlink(missing_ok=True)
         try:
             train_task(
                 ctx,
@@ -90,7 +94,7 @@ class Job:
                 name="letters",
                 examples=self.case.examples,
                 seed=SEED,
-                log=RunLog(log_path if self.ranks.first else None, console=False),
+                log=RunLog(self.log if self.ranks.first else None, console=False),
                 stop=StopRequest(),
             )
             self.result["trained"] = method.end_task(ctx)
@@ -98,7 +102,7 @@ class Job:
             engine.close()
             self.result["steps"] = ctx.step
         if self.ranks.first:
-            events = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
+            events = [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
             for name in ("loss", "gradient_norm", "learning_rate", "rows"):
                 self.result[name] = [event[name] for event in events]
         return self.result
@@ -215,7 +219,11 @@ def run_rows(job: Job) -> Result:
     loss_before = ctx.run_rows(rows, backward=True)
     for handle in handles:
         handle.remove()
-    engine = job.start(ctx, method)
+    method.begin_task(ctx)
+    ctx.run_rows(rows, backward=True)  # leaves gradients in the adapter, which training must not start from
+    assert any(parameter.grad.any() for parameter in adapter_tensors(method).values())
+    embedded = ctx.model.get_input_embeddings()(torch.tensor([[5]]))
+    engine = job.start(ctx, method, begun=True)
     try:
         handles = idle.watch(ctx.model, names)
         loss_started = ctx.run_rows(rows, backward=False)
@@ -231,10 +239,29 @@ def run_rows(job: Job) -> Result:
         "loss_before": loss_before,
         "loss_started": loss_started,
         "training_again": training,
+        "embeddings_differentiable": embedded.requires_grad,
         "inputs_before": {name: ctx.all_sum(before.inputs[name]) for name in names},
         "gradients_before": {name: ctx.all_sum(before.gradients[name]) for name in names},
         "inputs_started": {name: ctx.all_sum(idle.inputs[name]) for name in names},
     }
+
+
+class _DiskFillsUp(IncrementalLora):
+    """From the second step on rank 0 cannot write its log."""
+
+    log: Path
+
+    def before_step(self, ctx: Any) -> None:
+        if ctx.step == 1 and ctx.ranks.first:
+            self.log.unlink()
+            self.log.symlink_to("/dev/full")
+
+
+def disk_full(job: Job) -> Result:
+    """What every rank raises when rank 0's disk is full."""
+    method = job.method(_DiskFillsUp)
+    method.log = job.log
+    return _outcome(job, lambda: job.train(method))
 
 
 class _ToldOnLastRank(IncrementalLora):
@@ -286,8 +313,21 @@ def messages(job: Job) -> Result:
     def refuse() -> None:
         raise UserError("data.path: /nowhere: no such folder")
 
-    said = ranks.on_first(count)
-    return _outcome(job, lambda: ranks.on_first(refuse)) | {
+    def refuse_on_last() -> int:
+        if ranks.rank == ranks.world - 1:
+            raise UserError("output.dir: disk full")
+        return ranks.rank
+
+    said, done = ranks.on_first(count), ranks.together(lambda: ranks.rank)
+    stop = StopRequest()
+    ranks.check_stop(stop)
+    outcome = {"last_refuses": _raised(lambda: ranks.together(refuse_on_last))}
+    if ranks.rank == ranks.world - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    outcome["last_told"] = _raised(lambda: ranks.check_stop(stop))
+    outcome["first_refuses"] = _raised(lambda: ranks.on_first(refuse))
+    return outcome | {
+        "done": done,
         "sum": ranks.all_sum(mine),
         "mine": mine,
         "broadcast": ranks.broadcast(torch.tensor([ranks.rank + 5])),
@@ -305,12 +345,16 @@ def wrong_world(job: Job) -> Result:
 
 
 def _outcome(job: Job, action: Callable[[], Any]) -> Result:
+    return job.result | {"raised": _raised(action)}
+
+
+def _raised(action: Callable[[], Any]) -> list[str]:
+    """Kind and message of what `action` raises; nothing where it raises nothing."""
     try:
         action()
     except (Stopped, UserError) as error:
-        job.result["raised"] = type(error).__name__
-        job.result["message"] = str(error)
-    return job.result
+        return [type(error).__name__, str(error)]
+    return []
 
 
 RUNS: dict[str, Callable[[Job], Result]] = {
@@ -321,6 +365,7 @@ RUNS: dict[str, Callable[[Job], Result]] = {
         penalty,
         float64,
         run_rows,
+        disk_full,
         told_to_stop,
         not_finite,
         diverged,

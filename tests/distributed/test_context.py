@@ -117,6 +117,7 @@ def test_run_rows_shows_hooks_every_row_once(runs, case: Case) -> None:
         assert result["loss_before"] == pytest.approx(reference["loss"], rel=1e-5)
         assert result["loss_started"] == pytest.approx(reference["loss"], rel=1e-5)
         assert result["training_again"]
+        assert not result["embeddings_differentiable"], "training needs no backward below the first adapter"
         for what in ("inputs", "gradients"):
             for name, moment in result[f"{what}_before"].items():
                 assert relative(moment, reference[what][name]) <= 1e-5, (what, name)

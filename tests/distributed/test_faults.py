@@ -13,9 +13,8 @@ TOLD = [Case("told_to_stop", "t5", 2), Case("told_to_stop", "t5", 3)]
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(runs, case: Case) -> None:
     one, (first, second) = runs.one(case), runs.two(case)
 
-    assert [one["raised"], first["raised"], second["raised"]] == ["Stopped"] * 3
-    assert second["message"] == one["message"] == "signal SIGUSR1"
-    assert first["message"] == "another rank was told to stop"
+    assert second["raised"] == one["raised"] == ["Stopped", "signal SIGUSR1"]
+    assert first["raised"] == ["Stopped", "another rank was told to stop"]
     # Told in its second step, seen with that step's losses, which are looked at a step later.
     assert one["steps"] == first["steps"] == second["steps"] == 3
     assert "trained" not in first
@@ -37,10 +36,11 @@ def test_a_loss_that_is_no_number_is_refused_with_step_and_rows(runs, case: Case
     named = ", ".join(str(case.examples[row].row_id) for row in rows)
 
     for result in (runs.one(case), *runs.two(case)):
-        assert result["raised"] == "UserError"
-        assert f"task letters, step {step}: the loss is not finite" in result["message"]
-        assert f"training rows {named};" in result["message"]
-        assert "training.learning_rate" in result["message"]
+        kind, message = result["raised"]
+        assert kind == "UserError"
+        assert f"task letters, step {step}: the loss is not finite" in message
+        assert f"training rows {named};" in message
+        assert "training.learning_rate" in message
 
 
 DIVERGED = [Case("diverged", "llama2", zero) for zero in (0, 1, 2, 3)]
@@ -48,10 +48,21 @@ DIVERGED = [Case("diverged", "llama2", zero) for zero in (0, 1, 2, 3)]
 
 @pytest.mark.parametrize("case", full(DIVERGED, but=DIVERGED[3:]), ids=str)
 def test_weights_that_diverge_stop_every_rank_at_the_next_step(runs, case: Case) -> None:
-    results = [runs.one(case), *runs.two(case)]
-    assert {result["raised"] for result in results} == {"UserError"}
-    assert len({result["message"] for result in results}) == 1
-    assert "step 3: the loss is not finite" in results[0]["message"]
+    (kind, message), *others = [result["raised"] for result in (runs.one(case), *runs.two(case))]
+    assert kind == "UserError"
+    assert "step 3: the loss is not finite" in message
+    assert others == [[kind, message]] * 2
+
+
+@pytest.mark.parametrize("case", [Case("disk_full", "llama2", 2)], ids=str)
+def test_a_log_that_cannot_be_written_stops_every_rank(runs, case: Case) -> None:
+    for result in (runs.one(case), *runs.two(case)):
+        kind, message = result["raised"]
+        assert kind == "UserError"
+        assert "No space left" in message or "full" in message
+        # Step 2's line fails during step 3; all are told with that step's losses, and look at them during step 4.
+        assert result["steps"] <= 4
+        assert "trained" not in result
 
 
 @pytest.mark.parametrize("case", [Case("messages")], ids=str)
@@ -65,14 +76,19 @@ def test_ranks_talk(runs, case: Case) -> None:
         assert result["gathered"] == [{"rank": 0}, {"rank": 1}]
         assert result["said"] == "from 0"
         assert result["calls"] == ([0] if rank == 0 else [])
-        assert result["raised"] == "UserError"
-        assert result["message"] == "data.path: /nowhere: no such folder"
+        assert result["first_refuses"] == ["UserError", "data.path: /nowhere: no such folder"]
+        assert result["done"] == rank
+        assert result["last_refuses"] == ["UserError", "on rank 1: output.dir: disk full"]
+        assert result["last_told"] == ["Stopped", "signal SIGTERM"]
+    assert one["last_refuses"] == ["UserError", "output.dir: disk full"]
+    assert one["last_told"] == ["Stopped", "signal SIGTERM"]
 
 
 @pytest.mark.parametrize("case", [Case("wrong_world", "t5", 2)], ids=str)
 def test_ranks_that_cannot_share_the_micro_batches_are_refused(runs, case: Case) -> None:
-    assert "raised" not in runs.one(case), "one rank takes all three"
+    assert runs.one(case)["raised"] == [], "one rank takes all three"
     for result in runs.two(case):
-        assert result["raised"] == "UserError"
-        assert "training.global_batch_size: 3 rows" in result["message"]
-        assert "multiple of 2" in result["message"]
+        kind, message = result["raised"]
+        assert kind == "UserError"
+        assert "training.global_batch_size: 3 rows" in message
+        assert "multiple of 2" in message
