@@ -14,7 +14,8 @@ from data_prep.errors import UserError
 from data_prep.hub import make_folder
 from data_prep.hub_sources import HUB_SOURCES
 from data_prep.tasks import TaskData, load_tasks
-from pipeline.models import backbone_folder, load_tokenizer
+from pipeline.checkpoints import backbone_folder
+from pipeline.models import load_tokenizer
 from pipeline.recipe import Recipe
 
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
         else:
             _check(arguments)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -44,7 +45,7 @@ def _check(arguments: Sequence[str]) -> None:
     split = recipe.evaluation.split
     loaded = load_tasks(recipe.data, recipe.task_names, split=split, seed=recipe.seed)
     cut, reason = _truncated(recipe, loaded)
-    print(f"data.path: {recipe.data.path}; seed {recipe.seed}; evaluation on {split} rows")
+    print(f"data.path: {recipe.data.path or 'none'}; seed {recipe.seed}; evaluation on {split} rows")
     for number, (data, truncated) in enumerate(zip(loaded, cut, strict=True), start=1):
         print(_description(number, data, truncated))
     if reason:

@@ -31,12 +31,12 @@ def read_custom(path: Path, *, text_key: str, label_key: str) -> tuple[list[Any]
     fault of form is fatal and leaves no records. Every value of a CSV file is a string.
     """
     kind = file_kind(path)
-    content = read_content(path)
+    content = read_content(path).removeprefix(b"\xef\xbb\xbf")
     if not content.strip():
-        return [], [Fault(None, NOT_JSON, "is empty", fatal=True)]
+        return [], [Fault(None, NOT_JSON, "is empty; a split needs at least one row", fatal=True)]
     if kind == ".csv":
         return _read_csv(content)
-    is_array = content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    is_array = content.lstrip().startswith(b"[")
     records, faults = parse_array(content) if is_array else _parse_lines(content)
     if any(fault.fatal for fault in faults):
         return [], faults
@@ -46,7 +46,7 @@ def read_custom(path: Path, *, text_key: str, label_key: str) -> tuple[list[Any]
 def _parse_lines(content: bytes) -> tuple[list[Any], list[Fault]]:
     records: list[Any] = []
     faults: list[Fault] = []
-    for raw in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
+    for raw in content.split(b"\n"):
         if not raw.strip():
             continue
         record = _parse_line(len(records), raw)
@@ -64,6 +64,8 @@ def _parse_line(number: int, raw: bytes) -> Any:
         return Fault(number, NOT_UTF8, f"byte {error.start} of the line is not UTF-8")
     except json.JSONDecodeError as error:
         return Fault(number, NOT_JSON, f"not JSON ({error.msg}, column {error.colno})")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested as deep
+        return Fault(number, NOT_JSON, f"not JSON that can be read ({error})")
     return value if isinstance(value, dict) else Fault(number, NOT_JSON, "the line is not a JSON object")
 
 
@@ -91,7 +93,7 @@ def _read_records(records: list[Any], keys: tuple[str, ...]) -> list[Any]:
 
 def _read_csv(content: bytes) -> tuple[list[Any], list[Fault]]:
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         before = content[: error.start].decode("utf-8", errors="replace")
         row = max(sum(1 for _ in csv.reader(io.StringIO(before))) - 2, 0)
@@ -129,9 +131,12 @@ def _csv_shape(text: str) -> tuple[list[str], list[Fault]]:
     unquoted comma in every text would shift all columns without a word.
     """
     try:
-        header, *rows = (fields for fields in csv.reader(io.StringIO(text, newline="")) if fields)
+        lines = [fields for fields in csv.reader(io.StringIO(text, newline="")) if fields]
     except csv.Error as error:
         return [], [Fault(None, NOT_JSON, f"cannot be read as rows ({error})", fatal=True)]
+    if len(lines) < 2:
+        return [], [Fault(None, FIELDS, "has no rows below its header; a split needs at least one", fatal=True)]
+    header, *rows = lines
     if len(set(header)) < len(header):
         return [], [Fault(None, NOT_JSON, f"a column name stands twice: {', '.join(header)}", fatal=True)]
     return header, [

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.labels import check_labels
 from data_prep.rows import read_content
 
 SPLITS = ("train", "dev", "test")
@@ -67,22 +68,6 @@ def read_labels(folder: Path) -> tuple[str, ...]:
     return check_labels(_read_json(path), place=str(path))
 
 
-def check_labels(labels: Any, *, place: str) -> tuple[str, ...]:
-    """At least two different strings that are not blank, or UserError at `place`.
-
-    Labels must differ after lower-casing too, since exact match compares them so.
-    """
-    if not isinstance(labels, list | tuple) or not all(isinstance(x, str) and x.strip() for x in labels):
-        raise UserError(f'{place}: {labels!r:.80} is no list of labels; write a list such as ["Good", "Bad"]')
-    folded = [label.strip().casefold() for label in labels]
-    twice = sorted({label for label in labels if folded.count(label.strip().casefold()) > 1})
-    if twice:
-        raise UserError(f"{place}: labels occur twice (case aside): {', '.join(twice)}; keep one of each")
-    if len(labels) < 2:
-        raise UserError(f"{place}: {len(labels)} label(s); a task has at least two: name them all")
-    return tuple(labels)
-
-
 def family_instruction(family: str, config_file: Path | None) -> str | None:
     """The family's instruction, ending in a newline: the folder's own, else the bundled one, else None."""
     own = _config_instructions(config_file) if config_file is not None and config_file.is_file() else {}
@@ -115,5 +100,5 @@ def _config_instructions(path: Path) -> dict[str, str]:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(read_content(path).decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); mend the file") from error

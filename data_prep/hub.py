@@ -34,9 +34,9 @@ def make_folder(out: Path, tasks: Sequence[str], *, seed: int, local: Path | Non
     columns, read instead of the hub. OUT appears whole or not at all. Raises UserError for unknown tasks, an
     OUT that exists, data sets that cannot be fetched or read.
     """
-    unknown = [f'"{name}"{near_name(name, HUB_SOURCES)}' for name in tasks if name not in HUB_SOURCES]
+    unknown = [f'no task "{name}"{near_name(name, HUB_SOURCES)}' for name in tasks if name not in HUB_SOURCES]
     if unknown:
-        raise UserError(f"--tasks: no task {', '.join(unknown)}; there are: {', '.join(HUB_SOURCES)}")
+        raise UserError(f"--tasks: {'; '.join(unknown)} (there are {', '.join(HUB_SOURCES)})")
     if out.exists():
         raise UserError(f"--out: {out} exists; name a new folder, or remove that one first")
     temporary = out.parent / f".tmp-{out.name}-{secrets.token_hex(4)}"

@@ -31,17 +31,17 @@ ORDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def near_name(name: str, known: Iterable[str]) -> str:
-    """` (did you mean "..."?)` for the nearest known name, whatever its case, or an empty string."""
+    """`; did you mean "..."?` for the nearest known name, whatever its case, or an empty string."""
     folded = {candidate.casefold(): candidate for candidate in known}
     nearest = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)
-    return f' (did you mean "{folded[nearest[0]]}"?)' if nearest else ""
+    return f'; did you mean "{folded[nearest[0]]}"?' if nearest else ""
 
 
 def order_tasks(name: str) -> tuple[str, ...]:
     """The tasks of a published order. Raises UserError for an unknown name."""
     if name not in ORDERS:
         raise UserError(
-            f'order.name: no order "{name}"{near_name(name, ORDERS)}; known orders: {", ".join(ORDERS)}; '
-            "an order of your own is a list under order.tasks"
+            f'order.name: no order "{name}"; known orders: {", ".join(ORDERS)}; an order of your own is a list under '
+            f"order.tasks{near_name(name, ORDERS)}"
         )
     return ORDERS[name]

@@ -70,6 +70,8 @@ def parse_array(content: bytes) -> tuple[list[Any], list[Fault]]:
     except json.JSONDecodeError as error:
         place = f"{error.msg}, line {error.lineno} column {error.colno}"
         return [], [Fault(_whole_rows(text), NOT_JSON, f"not JSON ({place})", fatal=True)]
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested as deep
+        return [], [Fault(_whole_rows(text), NOT_JSON, f"not JSON that can be read ({error})", fatal=True)]
     if not isinstance(records, list):
         kind = type(records).__name__
         return [], [Fault(None, NOT_JSON, f"a JSON {kind}, not an array of rows", fatal=True)]
@@ -86,7 +88,7 @@ def _whole_rows(text: str) -> int | None:
     while True:
         try:
             _, position = decoder.raw_decode(text, _after_space(text, position + 1))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return rows
         rows += 1
         position = _after_space(text, position)
@@ -176,6 +178,8 @@ def duplicate_faults(rows: Sequence[Row], others: Mapping[str, Sequence[Row]]) -
 def describe_faults(path: Path, faults: Sequence[Fault], total: int, labels: Sequence[str]) -> str:
     """All faults of one file in one paragraph: the first ten by row, a count of the others, legal labels."""
     ordered = sorted(faults, key=lambda fault: -1 if fault.row is None else fault.row)
+    if len(ordered) == 1 and ordered[0].row is None:
+        return f"{path}: {ordered[0].detail}"
     of = "" if any(fault.fatal for fault in faults) else f" of {total}"
     lines = [f"{path}: {len(faults)} bad row{'s' * (len(faults) > 1)}{of} (rows are counted from 0)"]
     for fault in ordered[:MAX_FAULTS_SHOWN]:

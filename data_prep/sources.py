@@ -9,14 +9,15 @@ from data_prep.errors import UserError
 from data_prep.folder import (
     WITHOUT_INSTRUCTION,
     BenchmarkFolder,
-    check_labels,
     family_instruction,
     open_folder,
     read_labels,
     split_files,
     with_newline,
 )
+from data_prep.labels import check_labels
 from data_prep.orders import near_name
+from data_prep.task_names import task_name_fault
 
 
 class CustomTask(Protocol):
@@ -59,8 +60,8 @@ class DataSettings(Protocol):
     """What loading needs of the recipe's `data` group."""
 
     @property
-    def path(self) -> str:
-        """The benchmark's folder, or "synthetic"."""
+    def path(self) -> str | None:
+        """The benchmark's folder, or "synthetic"; None: there are only the user's own tasks."""
 
     @property
     def max_train_rows(self) -> int | None:
@@ -113,6 +114,8 @@ def find_sources(data: DataSettings, names: Sequence[str]) -> list[Source | User
 
 
 def _data_path(data: DataSettings) -> Path:
+    if data.path is None:
+        raise UserError("data.path: missing; name the benchmark's folder, or put all tasks under data.tasks")
     if data.path != "synthetic":
         return Path(data.path)
     # Imported here because it writes files on first use, for which other runs have no need.
@@ -123,7 +126,10 @@ def _data_path(data: DataSettings) -> Path:
 
 def _find_source(name: str, data: DataSettings, folder: BenchmarkFolder | None) -> Source | UserError:
     in_folder = folder.tasks.get(name, ()) if folder is not None else ()
+    fault = task_name_fault(name)
     if name in data.tasks:
+        if fault:
+            return UserError(f"data.tasks: {fault}")
         if in_folder:
             return UserError(f"data.tasks.{name}: {in_folder[0]} has that name; give your task another")
         return data.tasks[name]
@@ -134,9 +140,11 @@ def _find_source(name: str, data: DataSettings, folder: BenchmarkFolder | None) 
     if not in_folder:
         known = sorted([*folder.tasks, *data.tasks])
         return UserError(
-            f'no task "{name}" in {folder.root}{near_name(name, known)}; there are: {", ".join(known)}; '
-            "a task of your own stands under data.tasks"
+            f'no task "{name}" in {folder.root}; there are: {", ".join(known)}; '
+            f"a task of your own stands under data.tasks{near_name(name, known)}"
         )
+    if fault:
+        return UserError(f"{in_folder[0]}: {fault}")
     return InFolder(in_folder[0], folder.config_file)
 
 

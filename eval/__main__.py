@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             _rebuild(run_dir, rescore=options.rescore)
         except (UserError, OSError) as fault:
-            print(fault, file=sys.stderr)
+            print(f"error: {fault}", file=sys.stderr)
             code = USER_FAULT
     return code
 
@@ -36,7 +36,7 @@ def _rebuild(run_dir: Path, *, rescore: bool) -> None:
     """Rewrite the counts, results.json and report.md of one run and print its matrix."""
     if rescore:
         # Here and not above: recounting needs no models, nor the seconds that their libraries take to load.
-        from pipeline.stream import rescore as run_models_again
+        from pipeline.runs import rescore as run_models_again
 
         run_models_again(run_dir)
     cells, changed = recount(run_dir)

@@ -1,16 +1,12 @@
 """Exact match of a generated text with a label, and when a text still being generated can no longer match."""
 
-import string
 from collections.abc import Iterable
 
-_DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
+from data_prep.labels import DELETE_PUNCTUATION
+from data_prep.labels import normalise as normalise
+
 # What a tokenizer decodes an unfinished multi-byte character to; the next tokens may complete it.
 _UNFINISHED_CHARACTER = "\ufffd"
-
-
-def normalise(text: str) -> str:
-    """Lower case, without ASCII punctuation, white space collapsed to single spaces and stripped."""
-    return " ".join(text.lower().translate(_DELETE_PUNCTUATION).split())
 
 
 def exact_match(prediction: str, label: str) -> bool:
@@ -39,7 +35,7 @@ class PrefixAutomaton:
 
     def can_continue(self, text: str) -> bool:
         """Whether `text`, as it stands or with any text appended, matches one of the labels."""
-        cleaned = text.rstrip(_UNFINISHED_CHARACTER).lower().translate(_DELETE_PUNCTUATION)
+        cleaned = text.rstrip(_UNFINISHED_CHARACTER).lower().translate(DELETE_PUNCTUATION)
         words = _fold_final_sigma(" ".join(cleaned.split()))
         prefix = words + " " if words and cleaned[-1].isspace() else words
         return any(label == words or label.startswith(prefix) for label in self._labels)

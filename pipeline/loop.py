@@ -169,6 +169,9 @@ class _Watch:
             self._ctx.ranks.together(self._raise_unwritten)
         if not math.isfinite(sum(losses)):
             raise UserError(self._not_finite(step, losses))
+        if step.gradient_norm is not None and not math.isfinite(float(step.gradient_norm)):
+            # DeepSpeed would leave out this step, and every later one like it, with a warning alone.
+            raise UserError(self._refusal(step, "the gradient is not finite, in a step"))
         rows = [row for micro_batch in step.micro_batches for row in micro_batch if row != PADDING_ROW]
         self.last_loss = sum(losses) / _label_tokens(step.micro_batches, self._examples)
         tokens = sum(len(self._examples[row].input_ids) + len(self._examples[row].label_ids) for row in rows)
@@ -198,15 +201,15 @@ class _Watch:
             raise self._unwritten
 
     def _not_finite(self, step: _Pending, losses: Sequence[float]) -> str:
-        bad = [
-            self._examples[row].row_id
-            for micro_batch, loss in zip(step.micro_batches, losses, strict=True)
-            if not math.isfinite(loss)
-            for row in micro_batch
-            if row != PADDING_ROW
-        ]
+        pairs = zip(step.micro_batches, losses, strict=True)
+        bad = [micro_batch for micro_batch, loss in pairs if not math.isfinite(loss)]
+        return self._refusal(step, "the loss is not finite, in the micro-batch", bad)
+
+    def _refusal(self, step: _Pending, what: str, micro_batches: Step | None = None) -> str:
+        chosen = step.micro_batches if micro_batches is None else micro_batches
+        rows = [self._examples[row].row_id for micro_batch in chosen for row in micro_batch if row != PADDING_ROW]
         return (
-            f"task {self._name}, step {step.step}: the loss is not finite, in the micro-batch of training rows "
-            f"{', '.join(map(str, bad))}; nothing of this task was saved. Try a lower training.learning_rate "
+            f"task {self._name}, step {step.step}: {what} of training rows "
+            f"{', '.join(map(str, rows))}; nothing of this task was saved. Try a lower training.learning_rate "
             f"(now {step.rate:g}), training.gradient_clipping=1.0, warm-up steps, or precision fp32 instead of bf16"
         )

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-
-def near(word: str, candidates: Iterable[str]) -> str:
-    """`; did you mean "x"?` where a candidate is close, else an empty string."""
-    by_lower = {candidate.lower(): candidate for candidate in candidates}
-    close = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
-    return f'; did you mean "{by_lower[close[0]]}"?' if close else ""
+from data_prep.orders import near_name
 
 
-def render_faults(shown_path: str, error: ValidationError, root: type[BaseModel]) -> str:
-    """The message for a `ValidationError`, one line a fault, each under its dotted field path."""
-    lines = sorted({_line(fault, root) for fault in error.errors()})
+def fault_lines(error: ValidationError, root: type[BaseModel]) -> list[str]:
+    """One line for each fault of a `ValidationError`, under its dotted field path."""
+    return [_line(fault, root) for fault in error.errors()]
+
+
+def render_faults(shown_path: str, faults: Iterable[str]) -> str:
+    """The message for the faults of one recipe."""
+    lines = sorted(set(faults))
     count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
     return "\n".join([f"{shown_path}: {count}", *(f"  {line}" for line in lines)])
 
@@ -27,44 +26,55 @@ def render_faults(shown_path: str, error: ValidationError, root: type[BaseModel]
 def _line(fault: ErrorDetails, root: type[BaseModel]) -> str:
     place = _dotted(fault["loc"])
     got, context = fault["input"], fault.get("ctx", {})
+    shown = f"{got!r:.80}"
     match fault["type"]:
         case "missing":
             return f"{place}: missing; add it (shipped recipes in recipes/ show every key)"
         case "extra_forbidden":
             legal = _keys_at(fault["loc"][:-1], root)
-            return f"{place}: no such key{near(str(fault['loc'][-1]), legal)}; legal here: {', '.join(legal)}"
+            key = str(fault["loc"][-1])
+            return f"{place}: no such key{near_name(key, legal) or '; legal here: ' + ', '.join(legal)}"
         case "literal_error":
-            return f"{place}: {got!r} is not one of {context['expected']}{_near_literal(got, context)}"
+            return f"{place}: {shown} is not one of {context['expected']}{_near_literal(got, context)}"
         case "union_tag_invalid":
             name = str(context["tag"])
             legal = [part.strip(" '") for part in str(context["expected_tags"]).split(",")]
-            return f"{place}.name: {name!r} is no method{near(name, legal)}; legal: {', '.join(legal)}"
+            return f"{place}.name: {name!r} is no method{near_name(name, legal) or '; legal: ' + ', '.join(legal)}"
         case "union_tag_not_found":
             return f"{place}.name: missing; name the method, such as inclora"
         case "greater_than":
-            return f"{place}: {got!r} is not greater than {context['gt']}"
+            return f"{place}: {shown} is not greater than {context['gt']}"
         case "greater_than_equal":
-            return f"{place}: {got!r} is less than {context['ge']}"
+            return f"{place}: {shown} is less than {context['ge']}"
         case "less_than":
-            return f"{place}: {got!r} is not less than {context['lt']}"
+            return f"{place}: {shown} is not less than {context['lt']}"
         case "none_required" | "too_long":
-            return f"{place}: {got!r} is not supported yet; leave it at its default"
+            return f"{place}: {shown} is not supported yet; leave it at its default"
         case "value_error":
             text = str(fault["msg"]).removeprefix("Value error, ")
             return f"{place}: {text}" if fault["loc"] else text
+        case "string_type":
+            return f"{place}: {shown} is not text{_quoted(got)}"
         case "model_type" | "model_attributes_type" | "dict_type":
-            return f"{place}: {got!r} is not a group of keys"
+            return f"{place}: {shown} is not a group of keys"
         case _:
-            return f"{place}: {got!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+            return f"{place}: {shown}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _quoted(got: object) -> str:
+    """What to write where YAML read a word or a number as something else."""
+    if isinstance(got, bool):
+        return f'; YAML reads yes, no, on, off, true and false so: write the word in quotes, "{"yes" if got else "no"}"'
+    return f'; write it in quotes, "{got}"' if isinstance(got, int | float) else ""
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
     """`('order', 'tasks', 3)` -> `order.tasks[3]`; pydantic's own words for union branches are left out."""
     text = ""
-    for part in location:
+    for place, part in enumerate(location):
         if isinstance(part, int):
             text += f"[{part}]"
-        elif "[" not in part and part not in ("seqlora", "inclora"):
+        elif "[" not in part and not (place == 1 and location[0] == "method" and len(location) > 2):
             text += f".{part}" if text else part
     return text or "recipe"
 
@@ -94,4 +104,4 @@ def _member(annotation: Any, tag: int | str) -> Any:
 
 def _near_literal(got: object, context: dict[str, Any]) -> str:
     legal = [part.strip(" '") for part in str(context["expected"]).replace(" or ", ",").split(",")]
-    return near(got, legal) if isinstance(got, str) else ""
+    return near_name(got, legal) if isinstance(got, str) else ""

@@ -1,66 +1,37 @@
-"""Where a recipe's raw keys come from: the YAML file, the command line's overrides, the environment in paths."""
+"""Where a recipe's raw keys come from: the YAML file and the command line's overrides."""
 
 from __future__ import annotations
 
-import os
+import hashlib
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data_prep.errors import UserError
+from pipeline.recipe_yaml import parse_yaml
+
+__all__ = ["ROOT", "apply_override", "changed_keys", "find_recipe", "flatten", "parse_yaml", "read_recipe"]
 
 ROOT = Path(__file__).resolve().parent.parent
-PATH_VARIABLES = ("CL_BENCHMARK_DIR", "CL_BENCHMARK_MINI_DIR", "CL_MODEL_DIR")
-_VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
 # `zero=2` is short for `engine.zero=2`; the other three name a whole group by its first key.
 _SHORTHAND = {"zero": "engine.zero", "order": "order.name"}
 _WHOLE_GROUP = {"method": "name", "adapter": "kind"}
-# PyYAML follows YAML 1.1, where 1e-3 is a string; recipes read it as YAML 1.2 does, as a number.
-_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML with YAML 1.2 floats, in which a key given twice is a fault and not a silent choice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Hashable] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise UserError(f"line {line}: the key {key!r} stands twice; remove one of the two")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-
-
-def parse_yaml(text: str) -> Any:
-    """Parse YAML text; raises `UserError` with the line on a syntax fault."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader: builds plain values only
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise UserError(f"{where}not valid YAML ({error.problem}); mend the file") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"not valid YAML ({error}); mend the file") from error
+_UNNAMED = ("seed", "output", "output.dir")  # the seed ends the name of a run's folder, which is output.dir
+_BY_VALUE = ("method", "method.name", "adapter", "order", "order.name")  # their values say enough
+_SEVERAL = ("name", "order", "path", "tasks")  # keys of more than one group
+_LONGEST_WORD, _LONGEST_NAME = 40, 100
 
 
 def find_recipe(path: str | Path) -> Path:
     """The recipe file: as given from the current folder, else from the checkout's root."""
     candidates = [Path(path)] if Path(path).is_absolute() else [Path.cwd() / path, ROOT / path]
     for candidate in candidates:
-        if candidate.is_file():
-            return candidate.resolve()
+        try:
+            if candidate.is_file():
+                return candidate.resolve()
+        except OSError as error:
+            raise UserError(f"recipe {path}: cannot be read ({error.strerror})") from error
     looked = " and ".join(str(candidate) for candidate in dict.fromkeys(candidates))
     raise UserError(f"recipe {path}: no such file (looked at {looked}); shipped recipes lie in recipes/")
 
@@ -85,12 +56,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def split_override(text: str) -> tuple[str, Any]:
     """`key.path=value` -> the dotted key and the value, parsed as YAML."""
     key, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"\w+(\.[\w-]+)*", key):
+    if not equals or not re.fullmatch(r"\w+(\.[\w+-]+)*", key):
         raise UserError(f"override {text!r}: an override is key.path=value, such as training.epochs=2")
     try:
         return key, parse_yaml(value)
     except UserError as error:
-        raise UserError(f"override {text!r}: {error}") from error
+        raise UserError(f"override {text!r:.200}: {error}") from error
 
 
 def apply_override(raw: dict[str, Any], key: str, value: Any) -> None:
@@ -115,41 +86,37 @@ def apply_override(raw: dict[str, Any], key: str, value: Any) -> None:
         place.pop("tasks" if last == "name" else "name", None)
 
 
-def expand_path(text: str, field: str) -> str:
-    """Replace `${CL_...:-default}` in a path; only the three variables of `PATH_VARIABLES` are read."""
-
-    def value(match: re.Match[str]) -> str:
-        name, default = match["name"], match["default"]
-        if name not in PATH_VARIABLES:
-            raise UserError(f"{field}: ${{{name}}} is not expanded; legal are {', '.join(PATH_VARIABLES)}")
-        found = os.environ.get(name) or default
-        if found is None:
-            raise UserError(f"{field}: the variable {name} is not set; set it or give {field}=FOLDER")
-        return found
-
-    return _VARIABLE.sub(value, text)
-
-
-def resolve_path(text: str, *, from_command_line: bool) -> Path:
-    """An absolute path: relative ones start at the checkout's root; from the command line, first at the
-    current folder.
-    """
-    path = Path(text).expanduser()
-    if path.is_absolute():
-        return path
-    here = Path.cwd() / path
-    return here.resolve() if from_command_line and here.exists() else (ROOT / path).resolve()
-
-
 def changed_keys(overrides: Sequence[str]) -> list[str]:
-    """A short, file-name-safe word for each override but the seed, for the name of the run's folder."""
+    """A short, file-name-safe word for each override but the seed, for the name of the run's folder.
+
+    Together they take at most about 100 characters: of more, a hash stands for the last ones.
+    """
     words: dict[str, str] = {}
     for text in overrides:
         key, _, value = text.partition("=")
-        if key not in ("seed", "output.dir"):
-            word = value if key in (*_WHOLE_GROUP, "order", "method.name") else f"{key.split('.')[-1]}{value}"
-            words[key] = re.sub(r"[^\w.+]+", "_", word).strip("_")[:40]
-    return list(words.values())
+        key = _SHORTHAND.get(key, key)
+        if key not in _UNNAMED:
+            words[key] = _safe(value if key in _BY_VALUE else f"{_short_key(key)}{value}", _LONGEST_WORD)
+    kept = list(words.values())
+    while len("-".join(kept)) > _LONGEST_NAME:
+        kept.pop()
+    rest = list(words.items())[len(kept) :]
+    return kept + ([_hash(repr(rest))] if rest else [])
+
+
+def _short_key(key: str) -> str:
+    """The last part of a key, with the one before it where that is needed to tell it from other keys."""
+    parts = key.split(".")
+    return ".".join(parts[-2:] if len(parts) > 2 or parts[-1] in _SEVERAL else parts[-1:])
+
+
+def _safe(text: str, longest: int) -> str:
+    word = re.sub(r"[^\w.+]+", "_", text).strip("_")
+    return word if len(word) <= longest else f"{word[: longest - 9]}_{_hash(text)}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def flatten(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None, *, _train_script: Path = TRAIN_SCRIP
             return 0
         outcomes, signalled = run_jobs(jobs, at_once=arguments.jobs)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     outcome_of = dict(zip(todo, outcomes, strict=True))
     rows = [(it, _state(it, outcome_of), outcome_of.get(it)) for it in combinations]

@@ -41,7 +41,7 @@ def main() -> int:
                 print(format_plan(recipe, world=int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
         # Not at the top: a typing error in a recipe is told at once, before DeepSpeed takes seconds to load.
-        from pipeline.stream import run
+        from pipeline.runs import run
 
         run(recipe, stop, share=options.share)
     except UserError as error:

@@ -12,17 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from data_prep.batches import Example, encode_labels, encode_rows
 from data_prep.errors import UserError
 from data_prep.synthetic import ensure_folder
-from data_prep.tasks import Task, TaskData, load_tasks
-from eval.scoring import normalise
+from data_prep.tasks import TaskData, load_tasks
+from pipeline.checkpoints import backbone_folder, check_weights, fingerprint
 from pipeline.loop import Step, plan_task
-from pipeline.models import (
-    backbone_folder,
-    check_weights,
-    fingerprint,
-    load_tokenizer,
-    skeleton,
-    target_modules,
-)
+from pipeline.models import load_tokenizer, skeleton, target_modules
 from pipeline.recipe import SYNTHETIC, Recipe, Training
 
 if TYPE_CHECKING:
@@ -113,19 +106,6 @@ class Workload:
             "prompt": [data.max_source_tokens, data.truncation, data.add_task_name, data.add_dataset_name],
             "names": [task.name, task.data.task.family],
         }
-
-
-def _refuse_alike(task: Task) -> None:
-    """Labels that exact match cannot tell apart would be scored as one."""
-    labels_by_text: dict[str, list[str]] = {}
-    for label in task.labels:
-        labels_by_text.setdefault(normalise(label), []).append(label)
-    for text, labels in labels_by_text.items():
-        if not text or len(labels) > 1:
-            raise UserError(
-                f"task {task.name}: exact match ignores case and punctuation, so the label(s) "
-                f"{', '.join(map(repr, labels))} read {text!r}; rename them in words"
-            )
 
 
 class Alone:

@@ -253,7 +253,7 @@ class _DiskFillsUp(IncrementalLora):
 
     def before_step(self, ctx: Any) -> None:
         if ctx.step == 1 and ctx.ranks.first:
-            self.log.unlink()
+            self.log.unlink(missing_ok=True)
             self.log.symlink_to("/dev/full")
 
 
@@ -298,6 +298,20 @@ def diverged(job: Job) -> Result:
                 ctx.write(parameter, torch.full_like(ctx.master(parameter), float("inf")))
 
     return _outcome(job, lambda: job.train(job.method(Broken)))
+
+
+class _SteepGradient(IncrementalLora):
+    """The first tensor's gradient is infinite in the third step, the loss is not."""
+
+    def begin_task(self, ctx: Any) -> None:
+        super().begin_task(ctx)
+        first = next(iter(adapter_tensors(self).values()))
+        first.register_hook(lambda gradient: gradient / 0 if ctx.step == 2 else gradient)
+
+
+def steep(job: Job) -> Result:
+    """What every rank raises on a gradient that is no number, where the loss is one."""
+    return _outcome(job, lambda: job.train(job.method(_SteepGradient)))
 
 
 def messages(job: Job) -> Result:
@@ -369,6 +383,7 @@ RUNS: dict[str, Callable[[Job], Result]] = {
         told_to_stop,
         not_finite,
         diverged,
+        steep,
         messages,
         wrong_world,
     )

@@ -54,6 +54,20 @@ def test_weights_that_diverge_stop_every_rank_at_the_next_step(runs, case: Case)
     assert others == [[kind, message]] * 2
 
 
+STEEP = [Case("steep", "llama2", zero) for zero in (0, 1, 2, 3)]
+STEEP.append(Case("steep", "t5", 2, precision="bf16"))
+
+
+@pytest.mark.parametrize("case", full(STEEP, but=STEEP[2:3]), ids=str)
+def test_a_gradient_that_is_no_number_is_refused_and_never_left_out(runs, case: Case) -> None:
+    (kind, message), *others = [result["raised"] for result in (runs.one(case), *runs.two(case))]
+    assert kind == "UserError"
+    assert "step 3: the gradient is not finite" in message
+    rows = [row for micro_batch in case.steps[2] for row in micro_batch if row >= 0]
+    assert f"training rows {', '.join(str(case.examples[row].row_id) for row in rows)};" in message
+    assert others == [[kind, message]] * 2
+
+
 @pytest.mark.parametrize("case", [Case("disk_full", "llama2", 2)], ids=str)
 def test_a_log_that_cannot_be_written_stops_every_rank(runs, case: Case) -> None:
     for result in (runs.one(case), *runs.two(case)):

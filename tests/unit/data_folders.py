@@ -14,7 +14,7 @@ LABELS = ("Good", "Bad")
 class Settings:
     """What load_tasks reads of a recipe's data group."""
 
-    path: str
+    path: str | None
     max_train_rows: int | None = None
     max_test_rows: int | None = None
     bad_rows: str = "refuse"

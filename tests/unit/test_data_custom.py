@@ -126,22 +126,54 @@ def test_bad_rows_of_an_array_are_named(tmp_path):
         ("a.csv", b"text,answer\none\n", "row 0: 1 fields"),
         ("a.csv", b"text,text\none,1\n", "a column name stands twice"),
         ("a.csv", b'text,answer\n"one,1\n', "row 0: 1 fields"),
-        ("a.csv", b"", "is empty"),
-        ("a.jsonl", b" \n", "is empty"),
+        ("a.csv", b"", "a.csv: is empty"),
+        ("a.jsonl", b" \n", "a.jsonl: is empty"),
+        ("a.csv", b"\xef\xbb\xbf", "a.csv: is empty"),
+        ("a.csv", b"\xef\xbb\xbf\r\n \r\n", "a.csv: is empty"),
+        ("a.json", b"\xef\xbb\xbf\n", "a.json: is empty"),
+        ("a.csv", b"text,answer\n", "a.csv: has no rows below its header"),
+        ("a.csv", b"\xef\xbb\xbftext,answer\r\n\r\n", "a.csv: has no rows below its header"),
+        ("a.json", b"[" * 9999, "row 0: not JSON that can be read"),
+        ("a.json", b"[" + b"1" * 5000 + b"]", "row 0: not JSON that can be read"),
+        ("a.jsonl", b'{"text": "one", "answer": "1"}\n' + b'{"text":' * 9999, "row 1: not JSON that can be read"),
         ("a.csv", b"sentence,answer\none,1\n", 'row 0: no "text" (it has: answer, sentence)'),
         ("a.txt", b"one", "name the file .json, .jsonl or .csv"),
     ],
 )
 def test_file_that_cannot_be_read_is_refused(tmp_path, name, content, words, capfd):
     (tmp_path / name).write_bytes(content)
-    assert words in refused(custom(str(tmp_path / name), write(tmp_path, "csv", [("a test", "1")])))
+    message = refused(custom(str(tmp_path / name), write(tmp_path, "csv", [("a test", "1")])))
+    assert words in message
+    assert ("bad row" in message) is ("row " in words), "no row is bad where none can be read"
     assert capfd.readouterr().err == ""
 
 
 def test_missing_file_and_wrong_labels_are_told_at_their_key(tmp_path):
     path = write(tmp_path, "json", ROWS)
     assert refused(custom(path, str(tmp_path / "no.json"))).startswith("data.tasks.mine.test: no file ")
-    assert refused(custom(path, path, labels=["a", "A"])).startswith("data.tasks.mine.labels: labels occur twice")
+    for labels in (["a", "A"], ["A+", "A-"], ["up", "..."]):
+        message = refused(custom(path, path, labels=labels))
+        assert message.startswith("data.tasks.mine.labels: exact match ignores case and punctuation, so ")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"\xef\xbb\xbftext,answer\none,1\n")
+    assert load(custom(str(path), write(tmp_path, "json", [("a test", "1")]))).train[0].sentence == "one"
+
+
+def test_name_that_cannot_name_files_is_refused(tmp_path):
+    task = custom(write(tmp_path, "json", ROWS), write(tmp_path, "json", [("a test", "1")]))
+    for name in ("../up", "", "a/b", ".hidden", "untrained"):
+        with pytest.raises(UserError, match=r"^data\.tasks: .*(cannot name a task|is reserved)"):
+            load_tasks(Settings(None, tasks={name: task}), [name], split="test", seed=1)
+    assert load_tasks(Settings(None, tasks={"v1.0_a+b": task}), ["v1.0_a+b"], split="test", seed=1)
+
+
+def test_own_tasks_need_no_folder_and_others_do(tmp_path):
+    task = custom(write(tmp_path, "json", ROWS), write(tmp_path, "json", [("a test", "1")]))
+    with pytest.raises(UserError, match=r"^data\.path: missing"):
+        load_tasks(Settings(None, tasks={"mine": task}), ["mine", "yours"], split="test", seed=1)
 
 
 def test_dev_of_its_own_is_the_validation_set(tmp_path):
@@ -156,7 +188,7 @@ def test_own_task_stands_beside_the_folders_but_not_under_the_same_name(tmp_path
     own = custom(write(tmp_path, "json", ROWS), write(tmp_path, "json", [("a test", "1")]))
     loaded = load_tasks(Settings(str(tmp_path), tasks={"mine": own}), ["mine", "kettles"], split="test", seed=1)
     assert [data.task.name for data in loaded] == ["mine", "kettles"]
-    with pytest.raises(UserError, match=r'no task "min" .*\(did you mean "mine"\?\)'):
+    with pytest.raises(UserError, match=r'no task "min" .*; did you mean "mine"\?$'):
         load_tasks(Settings(str(tmp_path), tasks={"mine": own}), ["mine", "min"], split="test", seed=1)
     write_json(tmp_path / "CL_Benchmark" / "SC" / "mine" / "labels.json", ["a", "b"])
     with pytest.raises(UserError, match="give your task another"):

@@ -222,7 +222,7 @@ def test_faults_are_told_and_leave_nothing_behind(tmp_path):
     good = hub_rows("IMDB", "train", 6)
     assert f"no {tmp_path}/hub/IMDB/test.parquet" in refused(tmp_path)
     write_hub_files(tmp_path / "hub", "IMDB", good, hub_rows("IMDB", "test", 2))
-    assert '--tasks: no task "imdb" (did you mean "IMDB"?)' in refused(tmp_path, ["imdb"])
+    assert '--tasks: no task "imdb"; did you mean "IMDB"? (there are ' in refused(tmp_path, ["imdb"])
     (tmp_path / "there").mkdir()
     assert "exists; name a new folder" in refused(tmp_path, out="there")
     assert "cannot be written" in refused(tmp_path, out="hub/IMDB/train.parquet/out")

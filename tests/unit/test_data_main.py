@@ -54,11 +54,11 @@ def test_truncated_rows_are_counted_with_a_tokenizer(tmp_path, model_dir, capsys
     ("arguments", "words"),
     [
         (["RECIPE"], "1 bad row of 21"),
-        (["RECIPE", "order.tasks=[kettels]"], 'no task "kettels"'),
+        (["RECIPE", "order.tasks=[kettels]"], 'order.tasks[0]: no task "kettels"; did you mean "kettles"?'),
         (["RECIPE", "data.path=/no/such/folder"], "data.path: /no/such/folder does not exist"),
         (["RECIPE", "data.max_train_rows=none"], "data.max_train_rows"),
         (["no_such_recipe.yaml"], "no_such_recipe.yaml"),
-        (["hub", "--out", "OUT", "--tasks", "RTE,imdb"], 'no task "imdb" (did you mean "IMDB"?)'),
+        (["hub", "--out", "OUT", "--tasks", "RTE,imdb"], 'no task "imdb"; did you mean "IMDB"?'),
         (["hub", "--out", "OUT", "--from-local", "OUT"], "--from-local: no OUT/"),
     ],
 )
@@ -70,6 +70,7 @@ def test_fault_is_one_message_and_exit_code_two(tmp_path, capsys, monkeypatch, a
     assert main([recipe if argument == "RECIPE" else argument for argument in arguments]) == 2
     output = capsys.readouterr()
     assert words in output.err
+    assert output.err.startswith("error: ")
     assert "Traceback" not in output.err
     assert output.out == ""
     assert not (tmp_path / "OUT").exists()

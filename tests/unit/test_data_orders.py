@@ -36,7 +36,7 @@ def test_published_configs_agree_with_the_orders(mini_dir):
 
 
 def test_unknown_order_names_the_nearest_and_all():
-    with pytest.raises(UserError, match=r'no order "order11" \(did you mean "order1"\?\); known orders: order1, '):
+    with pytest.raises(UserError, match=r'no order "order11"; known orders: order1, .*; did you mean "order1"\?$'):
         order_tasks("order11")
 
 
@@ -45,7 +45,7 @@ def test_unknown_order_names_the_nearest_and_all():
     [("agnew", "agnews"), ("imdb", "IMDB"), ("SST2", "SST-2"), ("Yahoo", "yahoo")],
 )
 def test_near_name_ignores_case_and_small_slips(name, suggestion):
-    assert near_name(name, ORDERS["order4"]) == f' (did you mean "{suggestion}"?)'
+    assert near_name(name, ORDERS["order4"]) == f'; did you mean "{suggestion}"?'
 
 
 def test_nothing_near_gives_no_suggestion():

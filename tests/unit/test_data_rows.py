@@ -81,7 +81,7 @@ def test_byte_order_mark_is_passed_over():
         (record(sentence=["a"]), "not a string", "\"sentence\" is ['a'], not a string"),
         (record(label=1), "not a string", '"label" is 1'),
         (record(sentence=" \n\t"), "empty text", '"sentence" is empty'),
-        (record(label="good"), "label outside the set", '(did you mean "Good"?)'),
+        (record(label="good"), "label outside the set", '; did you mean "Good"?'),
         (record(label="Good "), "label outside the set", 'label "Good "'),
         (record(label="-"), "label outside the set", 'label "-" is outside the set'),
     ],

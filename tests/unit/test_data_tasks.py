@@ -89,9 +89,11 @@ def test_all_unknown_tasks_are_named_in_one_message(tmp_path):
     write_task(tmp_path, "kettles")
     write_task(tmp_path, "teapots")
     message = refused(tmp_path, "ketles", "kettles", "clouds")
-    assert f'no task "ketles" in {tmp_path}/CL_Benchmark (did you mean "kettles"?)' in message
-    assert 'no task "clouds"' in message
-    assert "there are: kettles, teapots" in message
+    there = f"{tmp_path}/CL_Benchmark; there are: kettles, teapots; a task of your own stands under data.tasks"
+    assert message.splitlines() == [
+        f'no task "ketles" in {there}; did you mean "kettles"?',
+        f'no task "clouds" in {there}',
+    ]
 
 
 @pytest.mark.parametrize(("path", "words"), [("nowhere", "does not exist"), ("file", "is a file"), (".", "no task")])
@@ -106,6 +108,16 @@ def test_name_in_two_families_is_refused(tmp_path):
     write_task(tmp_path, "kettles", "SC")
     write_task(tmp_path, "kettles", "TC")
     assert "more than one family" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["un tidy", "-dash", "Küche", "a" * 65, "untrained"])
+def test_folder_whose_name_cannot_name_files_is_refused_on_use(tmp_path, name):
+    write_task(tmp_path, "kettles")
+    folder = write_task(tmp_path, name)
+    assert load_one(tmp_path).task.name == "kettles"
+    message = refused(tmp_path, name)
+    assert message.startswith(f"{folder}: ")
+    assert ("is reserved" if name == "untrained" else "cannot name a task") in message
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -123,7 +135,9 @@ def test_labels_must_be_there_and_be_labels(tmp_path):
         ('{"Good": 1}', "no list of labels"),
         ('["Good", 1]', "no list of labels"),
         ('["Good", ""]', "no list of labels"),
-        ('["Good", "Bad", "good"]', "occur twice (case aside): Good, good"),
+        ('["Good", "Bad", "good"]', "'Good', 'good' read 'good'"),
+        ('["A+", "A-", "B"]', "exact match ignores case and punctuation, so 'A+', 'A-' read 'a'; rename them in words"),
+        ('["Good", "?!"]', "so '?!' reads ''; rename it in words"),
         ("[", "not JSON"),
     ):
         (folder / "labels.json").write_text(content)
@@ -140,7 +154,7 @@ def test_bad_rows_of_all_files_are_told_at_once(tmp_path):
     folder = write_task(tmp_path, train=train, test=test)
     message = refused(tmp_path)
     assert f"{folder}/train.json: 2 bad rows of 4" in message
-    assert 'row 1: label "Goood" is outside the set (did you mean "Good"?)' in message
+    assert 'row 1: label "Goood" is outside the set; did you mean "Good"?' in message
     assert 'row 3: no "sentence"' in message
     assert f"{folder}/test.json: 1 bad row of 4" in message
     assert message.endswith("set data.bad_rows=drop: bad rows are then left out and counted")

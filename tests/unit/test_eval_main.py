@@ -228,5 +228,5 @@ def test_the_command_itself(run_dir: Path, tmp_path: Path) -> None:
     bad = subprocess.run([*command, "none"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert bad.returncode == 2
     assert bad.stderr.strip().splitlines() == [
-        "none: no such folder; give the folder of a run (output.dir of its recipe)"
+        "error: none: no such folder; give the folder of a run (output.dir of its recipe)"
     ]

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
 model: {family: t5, path: synthetic}
 data: {path: synthetic}
-order: {tasks: [fruit, weather]}
+order: {tasks: [notes, letters]}
 method: {name: seqlora}
 training: {epochs: 2}
 """
@@ -167,6 +167,7 @@ def test_a_plan_knows_each_runs_folder_and_hash(tmp_path, recipe):
 def test_faults_of_all_combinations_are_told_at_once_before_anything_runs(tmp_path, sweep, capsys):
     code = sweep(ENDING, "--set", "training.epochs=1,0", "method=seqlora,inclorra", "--seeds", "1,2")
     told = capsys.readouterr().err
+    assert told.startswith("error: nothing was run")
     assert code == 2
     assert "training.epochs: 0 is not greater than 0" in told
     assert 'did you mean "inclora"' in told

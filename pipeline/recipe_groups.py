@@ -1,0 +1,205 @@
+"""The groups of a recipe's keys, as frozen pydantic models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from data_prep.errors import UserError
+from data_prep.orders import order_tasks
+from data_prep.task_names import task_name_fault
+
+SYNTHETIC = "synthetic"  # the reserved path of tasks and backbones that are made on first use
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Group(BaseModel):
+    """Common behaviour of a recipe's groups: frozen, strict types, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def _task_name(name: str) -> str:
+    fault = task_name_fault(name)
+    if fault:
+        raise ValueError(fault)
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_task_name)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Model(Group):
+    """The backbone: family, folder or hub id, the hub's commit."""
+
+    family: Literal["t5", "llama2"]
+    path: Text  # a folder if it exists, else a hub id org/name, or "synthetic"
+    revision: str | None = None  # the hub's commit; required for a hub id
+    quantization: None = None  # quantized backbones are not built yet: only null is legal
+
+
+class CustomTask(Group):
+    """A user's own task: files of rows, the legal labels, an instruction."""
+
+    family: Text = "Custom"
+    labels: Annotated[list[str], Field(min_length=2)]
+    instruction: str | None = None
+    train: Text
+    test: Text
+    dev: Text | None = None
+    text_key: str = "sentence"
+    label_key: str = "label"
+
+
+class Data(Group):
+    """Where rows come from, how many, and how prompts are built."""
+
+    path: Text | None = None  # null: all tasks of the order stand under `tasks`
+    max_train_rows: Positive | None = None
+    max_test_rows: Positive | None = None
+    max_source_tokens: Positive = 512
+    bad_rows: Literal["refuse", "drop"] = "refuse"
+    truncation: Literal["passage", "legacy"] = "passage"
+    add_task_name: bool = True
+    add_dataset_name: bool = True
+    tasks: dict[TaskName, CustomTask] = {}
+
+
+class Order(Group):
+    """The stream: a published order by name, or a list of tasks."""
+
+    name: str | None = None
+    tasks: Annotated[list[str], Field(min_length=1)] | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None:
+            try:
+                order_tasks(name)
+            except UserError as error:
+                raise ValueError(str(error).removeprefix("order.name: ")) from error
+        return name
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.name is None) == (self.tasks is None):
+            raise ValueError("has either a name (order1) or a list of tasks, and exactly one of them")
+        if self.tasks is not None and len(set(self.tasks)) != len(self.tasks):
+            twice = sorted({task for task in self.tasks if self.tasks.count(task) > 1})
+            raise ValueError(f"names a task twice ({', '.join(twice)}); each task comes once in a stream")
+        return self
+
+
+class SeqLora(Group):
+    """One LoRA through the stream, no reset."""
+
+    name: Literal["seqlora"]
+
+
+class IncLora(Group):
+    """A new LoRA for each task, the past frozen and active, no constraint."""
+
+    name: Literal["inclora"]
+
+
+MethodSettings = Annotated[SeqLora | IncLora, Field(discriminator="name")]
+
+
+class Adapter(Group):
+    """What is trained, and where it is attached."""
+
+    kind: Literal["lora"] | None = None
+    rank: Positive = 8
+    alpha: Rate = 32
+    dropout: Share = 0.1
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all_linear"] | None = None
+
+
+class TaskTraining(Group):
+    """What `training.per_task` may change for one task; what is left out stays as for all tasks."""
+
+    epochs: Positive | None = None
+    max_steps: Positive | None = None
+    learning_rate: Rate | None = None
+
+
+class Training(Group):
+    """One task's optimization; `per_task` changes it for some."""
+
+    epochs: Positive = 1
+    max_steps: Positive | None = None
+    learning_rate: Rate = 1e-3
+    schedule: Literal["constant", "cosine"] = "constant"
+    global_batch_size: Positive = 64
+    micro_batch_size: Positive = 8
+    optimizer: Literal["adamw"] = "adamw"
+    adam_eps: Rate = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    gradient_clipping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # 0 switches it off
+    per_task: dict[str, TaskTraining] = {}
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> Self:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+    def for_task(self, name: str) -> Training:
+        """The settings with which the task `name` is trained."""
+        changes = self.per_task.get(name)
+        return self if changes is None else self.model_copy(update=changes.model_dump(exclude_none=True))
+
+
+class Batching(Group):
+    """How rows are dealt to micro-batches."""
+
+    order: Literal["bucketed", "random"] = "bucketed"
+
+
+class Evaluation(Group):
+    """Which cells are scored, and how."""
+
+    cells: Literal["diagonal_and_last", "lower", "lower_and_next", "full"] = "lower_and_next"
+    decoding: Literal["greedy"] = "greedy"
+    label_scoring: bool = True
+    split: Literal["test", "validation"] = "test"
+    batch_size: Positive = 32
+    max_new_tokens: Positive = 50  # the benchmark's target length
+    unseen: Annotated[list[str], Field(max_length=0)] = []  # not built yet: only [] is legal
+    references: Annotated[list[str], Field(max_length=0)] = []  # not built yet: only [] is legal
+
+
+class Engine(Group):
+    """How DeepSpeed runs it: none of this but precision changes results."""
+
+    zero: Literal[0, 1, 2, 3] = 2
+    precision: Literal["fp32", "bf16"] = "fp32"
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _measured_combinations(self) -> Self:
+        if self.precision == "bf16" and self.zero < 2:
+            raise ValueError(
+                f"bf16 with zero {self.zero} trains wrongly under DeepSpeed (a phantom Adam step in stage 0, "
+                "silent gradient writes in stage 1); use zero 2 or 3, or precision fp32"
+            )
+        if self.offload != "none" and self.zero == 0:
+            raise ValueError("zero 0 keeps everything on the device; offload needs zero 1, 2 or 3")
+        if self.offload == "parameters" and self.zero != 3:
+            raise ValueError(f"offload parameters needs zero 3, not {self.zero}")
+        return self
+
+
+class Output(Group):
+    """The folder of the run."""
+
+    dir: Text | None = None  # null: runs/<recipe>-<changed overrides>-s<seed>
