@@ -8,6 +8,8 @@ CONSTRAINTS := $(if $(GPU),constraints.txt,constraints-cpu.txt)
 VENV_FLAGS := $(if $(GPU),--system-site-packages)
 PIP_FLAGS ?=
 INSTALLED := $(VENV)/.installed
+# Two files of tests at a time, one thread each: as many as the smallest machine has cores.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 TRAIN = $(VENV)/bin/deepspeed pipeline/train.py
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
@@ -20,16 +22,16 @@ demo: $(INSTALLED)
 	@$(VENV)/bin/python -m eval runs/tiny_t5_order1-seqlora-s42 runs/tiny_t5_order1-s42
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not full"
+	$(PYTEST) -m "not full"
 
 test-all: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not full" tests/unit tests/methods
+	$(PYTEST) -m "not full" tests/unit tests/methods
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .

@@ -39,6 +39,7 @@ from pipeline.stopping import Stopped, StopRequest
 
 Value = TypeVar("Value")
 
+
 class Ranks:
     """The processes of this run and what they tell each other. Every method but `first` is collective."""
 

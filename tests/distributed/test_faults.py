@@ -46,7 +46,7 @@ def test_a_loss_that_is_no_number_is_refused_with_step_and_rows(runs, case: Case
 DIVERGED = [Case("diverged", "llama2", zero) for zero in (0, 1, 2, 3)]
 
 
-@pytest.mark.parametrize("case", full(DIVERGED, but=DIVERGED[3:]), ids=str)
+@pytest.mark.parametrize("case", full(DIVERGED, but=DIVERGED[1:2]), ids=str)
 def test_weights_that_diverge_stop_every_rank_at_the_next_step(runs, case: Case) -> None:
     (kind, message), *others = [result["raised"] for result in (runs.one(case), *runs.two(case))]
     assert kind == "UserError"

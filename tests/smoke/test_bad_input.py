@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import launch, run, small, train
+from commands import launch, run, small, train
 
 RECIPE = "recipes/tiny_t5_order1.yaml"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import events, launch, results, run, small, start, train, wait_for
+from commands import events, launch, results, run, small, start, train, wait_for
 
 RECIPE = "recipes/tiny_t5_order1.yaml"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from conftest import ROOT, events, launch, results, run, small, train
+from commands import ROOT, events, launch, results, run, small, train
 
 
 def test_a_run_leaves_what_is_promised(reference: Path) -> None:

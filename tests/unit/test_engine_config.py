@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from pipeline import engine
+from pipeline import deepspeed_config as configuration
 from pipeline.deepspeed_config import REFUSED_KEYS, deepspeed_config, zero_file
 from pipeline.recipe import Engine, Training
 
@@ -74,7 +74,7 @@ def stage_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     """Writes the file of stage 2 in a checkout of its own."""
     folder = tmp_path / "recipes" / "zero"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(engine, "ROOT", tmp_path)
+    monkeypatch.setattr(configuration, "ROOT", tmp_path)
 
     def write(text: str) -> Path:
         path = folder / "stage2.json"
