@@ -94,8 +94,8 @@ class Runs:
         return self._groups[2].results(case)
 
     def note(self, case: Case, figure: str, value: float) -> float:
-        """Keep a measured figure for the table."""
-        FIGURES[str(case), figure] = value
+        """Keep a measured figure for the table, the largest where a case has several."""
+        FIGURES[str(case), figure] = max(value, FIGURES.get((str(case), figure), 0.0))
         return value
 
 
