@@ -1,5 +1,6 @@
 """The plan of an epoch: every row once, whole steps, random order, micro-batches of like length."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise, product
@@ -17,7 +18,8 @@ Plan = list[list[list[int]]]
 ORDERS = ("bucketed", "random")
 
 # Plans of ten rows in batches of 4 and 2, seed 42.
-PINNED_BUCKETED = [[[7, 2], [1, 3]], [[4, 6], [5, 0]], [[9, 8], [-1, -1]]]
+PINNED_BUCKETED = [[[7, 2], [4, 6]], [[1, 3], [5, 0]], [[9, 8], [-1, -1]]]
+PINNED_SHA256 = "d08acc91d8cdde8d2303cc5b8ec0dc1b3233fc4077ba7024f1cab9fb78504a27"  # 300 rows, two buckets a step
 PINNED_RANDOM = [[[1, 2], [4, 6]], [[7, 0], [5, 3]], [[9, 8], [-1, -1]]]
 
 
@@ -78,6 +80,8 @@ def test_plan_is_the_same_in_every_process() -> None:
     # Written down once: a changed value means that old runs can no longer be continued as they began.
     assert plan(uneven(10), 4, 2, seed=42, task_index=0) == PINNED_BUCKETED
     assert plan(uneven(10), 4, 2, "random", seed=42, task_index=0) == PINNED_RANDOM
+    larger = str(plan(uneven(300), 16, 8, seed=42, task_index=0))
+    assert hashlib.sha256(larger.encode()).hexdigest() == PINNED_SHA256
 
 
 @pytest.mark.parametrize("order", ORDERS)
