@@ -86,3 +86,19 @@ def test_a_plan_trains_nothing(tmp_path: Path) -> None:
     for words in ("trainable parameters per task", "GiB", "36", "12", "micro_batch_size: 4"):
         assert words in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_a_prefix_that_runs_share_is_trained_once(reference: Path, tmp_path: Path) -> None:
+    shutil.copytree(reference, tmp_path / "first")
+    folder = tmp_path / "second"
+    tasks = ["notes", "counts"]
+    assert json.loads((reference / "results.json").read_text())["order"][0] == tasks[0]
+    done = run(train("recipes/tiny_t5_order1.yaml", *small(f"output.dir={folder}", tasks=tasks), "--share"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "the same as in" in done.stderr
+    assert {event["task_index"] for event in events(folder) if event["event"] == "step"} == {2}
+    ours, theirs = results(folder), results(reference)
+    assert ours["matrix"]["exact_match"][0][0] == theirs["matrix"]["exact_match"][0][0]
+    assert [path.name for path in (folder / "stages").glob("01-*")] == [
+        path.name for path in (reference / "stages").glob("01-*")
+    ]
