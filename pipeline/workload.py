@@ -139,7 +139,7 @@ def _read(recipe: Recipe, folder: Path, model_fingerprint: str) -> Workload:
     tokenizer = load_tokenizer(folder, family)
     split = recipe.evaluation.split
     tasks = load_tasks(recipe.data, recipe.task_names, split=split, seed=recipe.seed)
-    return Workload(
+    workload = Workload(
         recipe=recipe,
         model_folder=folder,
         model_fingerprint=model_fingerprint,
@@ -147,6 +147,14 @@ def _read(recipe: Recipe, folder: Path, model_fingerprint: str) -> Workload:
         tokenizer=tokenizer,
         tasks=[_encoded(recipe, index, data, tokenizer) for index, data in enumerate(tasks, start=1)],
     )
+    for task in workload.tasks:
+        steps, warmup = len(workload.steps(task)), task.training.warmup_steps
+        if warmup and warmup >= steps:
+            raise UserError(
+                f"training.warmup_steps: {warmup} steps of warm-up, but task {task.name} has {steps} steps in all and "
+                "would never reach its learning rate; choose fewer"
+            )
+    return workload
 
 
 def _encoded(recipe: Recipe, index: int, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> StreamTask:

@@ -29,8 +29,9 @@ def refused(done, *words: str) -> None:
         (["model.path=./no/such/model"], ["model.path", "no such folder"]),
         (["adapter.target_modules=[query]"], ["adapter.target_modules", "'query'", "all_linear"]),
         (["data.max_source_tokens=3"], ["data.max_source_tokens", "raise it"]),
+        (["training.warmup_steps=500"], ["training.warmup_steps", "500", "120 steps in all"]),
     ],
-    ids=["typos", "unknown task", "missing data", "missing model", "unknown module", "too short"],
+    ids=["typos", "unknown task", "missing data", "missing model", "unknown module", "too short", "long warm-up"],
 )
 def test_a_wrong_key_is_told_and_nothing_written(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
     folder = tmp_path / "run"
