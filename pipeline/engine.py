@@ -9,8 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -171,7 +170,6 @@ class TaskEngine:
             config=deepspeed_config(settings, training, ranks.world),
         )
         self._own_hooks = hook_ids(model) - foreign_hooks
-        self.micro_batches_per_step = int(self._engine.gradient_accumulation_steps())
 
     @property
     def module(self) -> nn.Module:
@@ -258,12 +256,6 @@ class TaskEngine:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 if dist.get_rank() == 0:
                     parameter.data.copy_(value)
-
-    def gathered(self, parameters: Iterable[nn.Parameter]) -> Any:
-        """A context in which the forward's copies stand whole on every rank."""
-        if self._stage < 3:
-            return nullcontext()
-        return deepspeed.zero.GatheredParameters(list(parameters))
 
     def close(self) -> None:
         """Give the engine's memory back; the model it trained is not to be used afterwards."""

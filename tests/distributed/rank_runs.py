@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from plain_engine import PlainEngine
 from random_backbones import PAD
@@ -145,7 +146,7 @@ class _Access(IncrementalLora):
             shape = ctx.master(parameter).shape
             value = torch.empty(shape).uniform_(-0.3, 0.3, generator=random)
             ctx.write(parameter, value)
-            with ctx.engine.gathered([parameter]):
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 forward = parameter.detach().clone()
             self.written[name] = {"value": value, "master": ctx.master(parameter), "forward": forward}
 
