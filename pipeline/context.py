@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from data_prep.batches import Example, Family, collate
+from data_prep.batches import IGNORED, Example, Family, collate
 from pipeline.engine import Ranks, TaskEngine
 from pipeline.models import LabelLoss
 from pipeline.seeds import generator
+
+Value = TypeVar("Value")
 
 
 class Context:
@@ -29,6 +32,7 @@ class Context:
         examples: Sequence[Example],
         micro_batch_size: int,
         seed: int,
+        earlier: Sequence[Sequence[Example]] = (),
     ) -> None:
         self.model = model
         self.targets = targets
@@ -40,11 +44,18 @@ class Context:
         self._examples = examples
         self._micro_batch_size = micro_batch_size
         self._seed = seed
+        self._earlier = earlier  # training rows of the finished tasks, for measurements alone
+        self._masks: list[Tensor] = []
         self._engine: TaskEngine | None = None
 
     def started(self, engine: TaskEngine) -> None:
         """From here on the trained tensors live in `engine`."""
         self._engine = engine
+
+    @property
+    def row_count(self) -> int:
+        """The task's training rows."""
+        return len(self._examples)
 
     @property
     def engine(self) -> TaskEngine:
@@ -62,7 +73,7 @@ class Context:
         batch = collate(examples, family=self._family, pad_id=self._pad_id)
         return {name: tensor.to(self.ranks.device) for name, tensor in batch.items()}
 
-    def run_rows(self, rows: Sequence[int], *, backward: bool) -> float:
+    def run_rows(self, rows: Sequence[int], *, backward: bool, task_index: int | None = None) -> float:
         """Rows through the model in evaluation mode, each rank its share; the mean loss per label token.
 
         The unit is a micro-batch of fixed content, so hooks see the same batches, each once over all ranks, on any
@@ -71,15 +82,17 @@ class Context:
         """
         assert rows, "a mean needs rows"
         assert not (backward and self._engine), "backward over extra rows belongs before training starts"
+        source = self._examples if task_index in (None, self.task_index) else self._earlier[task_index - 1]
+        examples = sorted((source[row] for row in rows), key=lambda example: len(example.input_ids))
         size = self._micro_batch_size
-        batches = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
-        label_tokens = sum(len(self._examples[row].label_ids) for row in rows)
+        batches = [examples[start : start + size] for start in range(0, len(examples), size)]
+        label_tokens = sum(len(example.label_ids) for example in examples)
         total = torch.zeros(1, dtype=torch.float64)
         was_training = self.model.training
         self.model.eval()
         with self._runnable(backward) as module, torch.set_grad_enabled(backward):
             for batch in batches[self.ranks.rank :: self.ranks.world]:
-                loss = module(**self.collate(batch))
+                loss = module(**self._seen(batch))
                 if backward:
                     (loss / label_tokens).backward()
                 total += loss.item()
@@ -89,6 +102,32 @@ class Context:
                 self._engine.idle_forward(self.collate([-1] * size))
         self.model.train(was_training)
         return float(self.ranks.all_sum(total)) / label_tokens
+
+    def run_probe(self) -> None:
+        """The task's first row through the model, on every rank."""
+        assert self._engine is None, "ranks run as many forwards as each other once training has started"
+        was_training = self.model.training
+        self.model.eval()
+        with self._runnable(backward=False) as module, torch.no_grad():
+            module(**self._seen(self._examples[:1]))
+        self.model.train(was_training)
+
+    def real_positions(self, width: int) -> Tensor:
+        """Where the batch being run holds no padding, flat, by the width of prompts or of labels."""
+        found = [mask for mask in self._masks if mask.shape[1] == width]
+        assert len(found) == 1, f"{width} positions: the batch has {[tuple(mask.shape) for mask in self._masks]}"
+        return found[0].flatten().nonzero().squeeze(1)
+
+    def _seen(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """A batch for hooks to see: its masks are known, and told apart by their widths."""
+        batch = collate(examples, family=self._family, pad_id=self._pad_id)
+        if self._family == "t5" and batch["labels"].shape[1] == batch["input_ids"].shape[1]:
+            batch["labels"] = torch.nn.functional.pad(batch["labels"], (0, 1), value=IGNORED)
+        batch = {name: tensor.to(self.ranks.device) for name, tensor in batch.items()}
+        self._masks = [batch["attention_mask"] > 0]
+        if self._family == "t5":
+            self._masks.append(batch["labels"] != IGNORED)  # the decoder reads one token before each it predicts
+        return batch
 
     @contextmanager
     def _runnable(self, backward: bool) -> Iterator[nn.Module]:
@@ -106,6 +145,10 @@ class Context:
             yield module
         finally:
             module.backbone.disable_input_require_grads()
+
+    def on_first(self, action: Callable[[], Value]) -> Value:
+        """Rank 0's result."""
+        return self.ranks.on_first(action)
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks."""

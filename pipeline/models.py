@@ -33,11 +33,12 @@ class _Family(NamedTuple):
     model_class: Any
     default_targets: tuple[str, ...]  # q and v of every attention, as the O-LoRA line of work has them
     head: str  # the output projection, never an adapter's target
+    feed_forward: str  # the last part of a feed-forward block's name
 
 
 FAMILIES: Mapping[str, _Family] = {
-    "t5": _Family(T5ForConditionalGeneration, ("q", "v"), "lm_head"),
-    "llama2": _Family(LlamaForCausalLM, ("q_proj", "v_proj"), "lm_head"),
+    "t5": _Family(T5ForConditionalGeneration, ("q", "v"), "lm_head", "DenseReluDense"),
+    "llama2": _Family(LlamaForCausalLM, ("q_proj", "v_proj"), "lm_head", "mlp"),
 }
 
 
@@ -124,6 +125,12 @@ def target_modules(model: nn.Module, family: str, chosen: Sequence[str] | str | 
                 f"{', '.join(legal)}, or all_linear"
             )
     return [name for name in linear if name.rpartition(".")[2] in wanted]
+
+
+def feed_forward_blocks(model: nn.Module, family: str) -> list[str]:
+    """Full names of the feed-forward blocks, in the model's order."""
+    last = FAMILIES[family].feed_forward
+    return [name for name, _ in model.named_modules() if name.rpartition(".")[2] == last]
 
 
 @torch.no_grad()

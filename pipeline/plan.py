@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from eval.accuracy import cells_for
+from pipeline.adapter_kinds import trainable_parameters
 from pipeline.deepspeed_config import micro_batches_per_rank
 from pipeline.models import skeleton
 from pipeline.recipe import Recipe
@@ -20,15 +20,15 @@ def format_plan(recipe: Recipe, *, world: int) -> str:
     """The resolved recipe, tasks with rows, truncated rows and steps, trainable parameters, memory per rank."""
     micro_batches_per_rank(recipe.training, world)
     workload = load_workload(recipe, Alone())
-    model, targets = skeleton(workload.model_folder, recipe.model.family), workload.targets
+    model = skeleton(workload.model_folder, recipe.model.family)
     frozen = sum(parameter.numel() for parameter in model.parameters())
-    trained = trainable_parameters(model, targets, recipe.adapter.rank)
+    trained = trainable_parameters(workload.kind, model)
     parts = memory_per_rank(recipe, workload, model, frozen=frozen, trained=trained, world=world)
     lines = [recipe.to_yaml().rstrip(), "", f"folder: {recipe.run_dir}", f"recipe: {recipe.sha256}", ""]
     lines += _task_table(workload)
     lines += [
         "",
-        f"backbone: {frozen:,} frozen parameters; adapters on {len(targets)} layers, "
+        f"backbone: {frozen:,} frozen parameters; {workload.kind.name}, "
         f"{trained:,} trainable parameters per task ({100 * trained / frozen:.2f} %)",
         f"memory per rank, estimated, with {world} rank(s), zero {recipe.engine.zero}, {recipe.engine.precision}:",
         *(f"  {name:<42}{size / GIB:8.2f} GiB" for name, size in parts.items()),
@@ -36,12 +36,6 @@ def format_plan(recipe: Recipe, *, world: int) -> str:
         f"  {'while scoring, whatever the stage':<42}{_scoring_bytes(recipe, frozen) / GIB:8.2f} GiB and the cache",
     ]
     return "\n".join(lines)
-
-
-def trainable_parameters(model: nn.Module, targets: Sequence[str], rank: int) -> int:
-    """Parameters of one task's LoRA: r (d_in + d_out) per layer."""
-    layers: list[Any] = [model.get_submodule(name) for name in targets]
-    return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
 def memory_per_rank(

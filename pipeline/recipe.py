@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from data_prep.errors import UserError
 from data_prep.orders import order_tasks
@@ -24,10 +24,13 @@ from pipeline.recipe_groups import (
     Evaluation,
     Group,
     IncLora,
+    LoraAdapter,
     MethodSettings,
     Model,
+    OLora,
     Order,
     Output,
+    Pegp,
     SeqLora,
     TaskTraining,
     Training,
@@ -46,10 +49,13 @@ __all__ = [
     "Evaluation",
     "Group",
     "IncLora",
+    "LoraAdapter",
     "MethodSettings",
     "Model",
+    "OLora",
     "Order",
     "Output",
+    "Pegp",
     "Recipe",
     "SeqLora",
     "TaskTraining",
@@ -64,13 +70,28 @@ class Recipe(Group):
     data: Data
     order: Order
     method: MethodSettings
-    adapter: Adapter = Adapter()
+    adapter: Adapter = LoraAdapter()
     training: Training = Training()
     batching: Batching = Batching()
     evaluation: Evaluation = Evaluation()
     engine: Engine = Engine()
     output: Output = Output()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+
+    @model_validator(mode="after")
+    def _fitting_adapter(self) -> Self:
+        kind = self.adapter.kind
+        if kind != "lora" and self.method.name in ("inclora", "olora"):
+            raise ValueError(
+                f"adapter.kind: {kind} is one module through the stream, and {self.method.name} needs a new LoRA for "
+                "each task; use method=seqlora or method=pegp, or adapter=lora"
+            )
+        if kind == "prefix" and self.engine.gradient_checkpointing:
+            raise ValueError(
+                "engine.gradient_checkpointing: true recomputes layers without the cache that holds the prefix; "
+                "set it to false, or choose another adapter"
+            )
+        return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -139,7 +160,7 @@ class Recipe(Group):
         del content["output"], content["model"]["path"], content["data"]["path"]
         del content["training"]["micro_batch_size"], content["evaluation"]["batch_size"]
         content["engine"] = {"precision": self.engine.precision}
-        content["adapter"]["kind"] = self.adapter.kind or "lora"  # the own kind of every method there is
+        content["method"].pop("feature_drift", None)
         for task in content["data"]["tasks"].values():
             for part in ("train", "test", "dev"):
                 del task[part]

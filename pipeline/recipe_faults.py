@@ -39,7 +39,8 @@ def _line(fault: ErrorDetails, root: type[BaseModel]) -> str:
         case "union_tag_invalid":
             name = str(context["tag"])
             legal = [part.strip(" '") for part in str(context["expected_tags"]).split(",")]
-            return f"{place}.name: {name!r} is no method{near_name(name, legal) or '; legal: ' + ', '.join(legal)}"
+            what = "name: {!r} is no method" if place == "method" else "kind: {!r} is no kind of adapter"
+            return f"{place}.{what.format(name)}{near_name(name, legal) or '; legal: ' + ', '.join(legal)}"
         case "union_tag_not_found":
             return f"{place}.name: missing; name the method, such as inclora"
         case "greater_than":
@@ -74,7 +75,7 @@ def _dotted(location: tuple[int | str, ...]) -> str:
     for place, part in enumerate(location):
         if isinstance(part, int):
             text += f"[{part}]"
-        elif "[" not in part and not (place == 1 and location[0] == "method" and len(location) > 2):
+        elif "[" not in part and not (place == 1 and location[0] in ("method", "adapter") and len(location) > 2):
             text += f".{part}" if text else part
     return text or "recipe"
 
@@ -93,7 +94,7 @@ def _keys_at(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str
 def _member(annotation: Any, tag: int | str) -> Any:
     for member in get_args(annotation):
         if isinstance(member, type) and issubclass(member, BaseModel):
-            name = member.model_fields.get("name")
+            name = member.model_fields.get("name") or member.model_fields.get("kind")
             if name is None or tag in get_args(name.annotation):
                 return member
         nested = _member(member, tag)

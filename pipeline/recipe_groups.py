@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from data_prep.errors import UserError
 from data_prep.orders import order_tasks
@@ -14,6 +14,8 @@ SYNTHETIC = "synthetic"  # the reserved path of tasks and backbones that are mad
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Energy = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Group(BaseModel):
@@ -96,7 +98,7 @@ class Order(Group):
 
 
 class SeqLora(Group):
-    """One LoRA through the stream, no reset."""
+    """One adapter of any kind through the stream, no reset."""
 
     name: Literal["seqlora"]
 
@@ -107,17 +109,81 @@ class IncLora(Group):
     name: Literal["inclora"]
 
 
-MethodSettings = Annotated[SeqLora | IncLora, Field(discriminator="name")]
+class OLora(Group):
+    """`inclora` with a penalty on the overlap of a new A with the old ones."""
+
+    name: Literal["olora"]
+    lambda_1: Weight = 0.5  # of the sum of |A_old A_new^T|
+    lambda_2: Weight = 0.0  # of the sum of the new factors' norms
 
 
-class Adapter(Group):
-    """What is trained, and where it is attached."""
+class Pegp(Group):
+    """Updates orthogonal to the features of old tasks (methods.md section 2)."""
 
-    kind: Literal["lora"] | None = None
+    name: Literal["pegp"]
+    mode: Literal["corrected", "literal"] = "corrected"  # literal: gradients alone, one LoRA for all tasks
+    project: Literal["exact", "gradient", "off"] = "exact"
+    lora: Literal["per_task", "shared"] = "per_task"
+    energy: Energy = 0.95
+    energy_max: Energy | None = None  # the energy rises towards it, task by task; null: it is constant
+    feature_samples: Positive = 256
+    max_rank: Positive | Annotated[float, Field(gt=0, lt=1)] | None = None  # directions, or a share of the width
+    merge_beta: Annotated[float, Field(ge=0, lt=1)] | None = None
+    prefix_values: Literal["free", "project", "freeze"] = "project"
+    feature_drift: bool = False  # after each task, run the old tasks' samples again: where are their features now?
+
+    @model_validator(mode="before")
+    @classmethod
+    def _literal(cls, raw: object) -> object:
+        """`mode: literal` sets the paper's values of keys that are not given."""
+        if isinstance(raw, dict) and raw.get("mode") == "literal":
+            return {"project": "gradient", "lora": "shared"} | raw
+        return raw
+
+
+MethodSettings = Annotated[SeqLora | IncLora | OLora | Pegp, Field(discriminator="name")]
+
+
+class LoraAdapter(Group):
+    """A low-rank branch beside linear layers."""
+
+    kind: Literal["lora"] = "lora"
     rank: Positive = 8
     alpha: Rate = 32
     dropout: Share = 0.1
     target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all_linear"] | None = None
+
+
+class BottleneckAdapter(Group):
+    """Two small layers after each feed-forward block."""
+
+    kind: Literal["bottleneck"]
+    width: Positive = 64
+
+
+class PromptAdapter(Group):
+    """Trained embeddings before the prompt."""
+
+    kind: Literal["prompt"]
+    length: Positive = 20
+
+
+class PrefixAdapter(Group):
+    """Trained keys and values before those of each attention."""
+
+    kind: Literal["prefix"]
+    length: Positive = 10
+
+
+def _own_kind(raw: object) -> object:
+    """`kind` missing or null: the method's own, which is LoRA for every method there is."""
+    return {**raw, "kind": "lora"} if isinstance(raw, dict) and raw.get("kind") is None else raw
+
+
+Adapter = Annotated[
+    Annotated[LoraAdapter | BottleneckAdapter | PromptAdapter | PrefixAdapter, Field(discriminator="kind")],
+    BeforeValidator(_own_kind),
+]
 
 
 class TaskTraining(Group):

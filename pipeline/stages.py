@@ -57,14 +57,18 @@ class Stage:
         """The adapter's factors, on the CPU, bit for bit as published."""
         return load_tensors(self.path / FACTORS)
 
-    def has_method(self, name: str) -> bool:
-        """Whether the stage holds the memory of method `name` (one adopted from another run may not)."""
-        return (self.path / "method" / name / "state.json").is_file()
+    def has_method(self, name: str, influences: Mapping[str, Any]) -> bool:
+        """Whether the stage holds the memory of method `name` as `influences` make it.
+
+        One of another run may not: equal training may be followed by another memory.
+        """
+        path = self.path / "method" / name / "state.json"
+        return path.is_file() and bool(json.loads(path.read_bytes())["influences"] == influences)
 
     def load_method(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The memory of method `name`: tensors and plain values. The method must be there (`has_method`)."""
         folder = self.path / "method" / name
-        return load_tensors(folder / "state.safetensors"), json.loads((folder / "state.json").read_bytes())
+        return load_tensors(folder / "state.safetensors"), json.loads((folder / "state.json").read_bytes())["values"]
 
 
 def stage_key(previous_key: str | None, influences: Mapping[str, object]) -> str:
@@ -89,15 +93,18 @@ class StageStore:
         method_name: str,
         method_tensors: Mapping[str, Tensor],
         method_state: Mapping[str, Any],
+        method_influences: Mapping[str, Any],
         info: Mapping[str, Any],
     ) -> Stage:
         """Write a stage so that it is there whole or not at all; one that is there already stays as it is.
 
-        `method_state` and `info` hold plain JSON values under string keys (tuples come back as lists).
-        Raises `UserError` when the disk is full; nothing of the stage is left then.
+        `method_influences` is what decides `method_state` beside the trained tensors. They and `info` hold plain
+        JSON values under string keys (tuples come back as lists). Raises `UserError` when the disk is full; nothing
+        of the stage is left then.
         """
         assert re.fullmatch(r"\w+", method_name), f"{method_name!r} is no method's name"
-        check_keys(method_state)
+        memory = {"influences": method_influences, "values": method_state}
+        check_keys(memory)
         check_keys(info)
         method = f"method/{method_name}"
 
@@ -106,7 +113,7 @@ class StageStore:
             checksums = {
                 FACTORS: write_new(folder / FACTORS, pack_tensors(trained)),
                 tensors: write_new(folder / tensors, pack_tensors(method_tensors)),
-                state: write_new(folder / state, canonical_json(method_state)),
+                state: write_new(folder / state, canonical_json(memory)),
             }
             manifest = {"index": index, "task": task, "key": key, "info": info, "files": checksums}
             write_new(folder / MANIFEST, seal(manifest))
@@ -128,9 +135,11 @@ class StageStore:
                 raise DamagedStageError(folder, MANIFEST, "belongs to another stage")
         return None
 
-    def adopt(self, other_root: Path, index: int, key: str, method_name: str) -> Stage | None:
+    def adopt(
+        self, other_root: Path, index: int, key: str, method_name: str, method_influences: Mapping[str, Any]
+    ) -> Stage | None:
         """Take over the stage of that index and key from another run's store, if it lies there whole, with the memory
-        of the method `method_name`.
+        of the method `method_name` as `method_influences` make it.
 
         Files are linked where the file system can, else copied. A damaged stage over there counts as none:
         it is that run's to mend.
@@ -140,7 +149,7 @@ class StageStore:
             return mine
         try:
             other = StageStore(other_root).find(index, key)
-            if other is None or not other.has_method(method_name):
+            if other is None or not other.has_method(method_name, method_influences):
                 return None
             return self._place(index, other.task, key, lambda folder: _link_or_copy(other.path, folder))
         except (DamagedStageError, FileNotFoundError, PermissionError):  # or just removed, or private

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -14,9 +16,10 @@ from eval.run_files import UNTRAINED, stage_names
 from pipeline.cells import CellBook
 from pipeline.context import Context
 from pipeline.engine import Ranks, TaskEngine
-from pipeline.loop import train_task
+from pipeline.loop import TaskSummary, train_task
 from pipeline.methods import METHODS, Method
 from pipeline.models import LabelLoss, prepare_for_training
+from pipeline.projection.features import FeaturesNotFinite
 from pipeline.run_folder import RunFolder
 from pipeline.runlog import RunLog
 from pipeline.stages import Stage, StageStore, stage_key
@@ -45,7 +48,9 @@ class Stream:
         self.stages = StageStore(folder.path / "stages")
         self.cells = CellBook(folder.path, workload, ranks, log, stop)
         self.weights = Weights(workload, ranks.device)
-        self.method: Method[Any] = METHODS[recipe.method.name](recipe.method, recipe.adapter)
+        self.method: Method[Any] = METHODS[recipe.method.name](
+            recipe.method, workload.kind, task_count=len(workload.tasks)
+        )
         self.names = stage_names([task.name for task in workload.tasks])
         self.plan = cells_for(recipe.evaluation.cells, len(workload.tasks))
         self.origin = {"versions": facts["versions"], "git": facts["git"]}
@@ -104,6 +109,7 @@ class Stream:
         tensors, method_tensors, method_values = saved
         self.method.load_state_dict(method_tensors, method_values)
         self.method.load_trained(task.index, tensors)
+        self._note_leaks()
         return True
 
     def _read_stage(self, task: StreamTask, key: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Any] | None:
@@ -115,7 +121,7 @@ class Stream:
         if not self.share:
             return None
         for other in sorted(self.folder.path.parent.glob("*/stages")):
-            stage = self.stages.adopt(other, task.index, key, self.recipe.method.name)
+            stage = self.stages.adopt(other, task.index, key, self.recipe.method.name, self.method.memory_influences())
             if stage is not None:
                 self.log.say(f"task {task.index} {task.name}: the same as in {other.parent}, taken over")
                 return stage
@@ -127,36 +133,66 @@ class Stream:
         ctx = self._context(task)
         method.begin_task(ctx)
         engine = self._start_engine(ctx, task)
-        method.engine_started(ctx)
-        clock.lap("method_s")
-        summary = train_task(
-            ctx,
-            method,
-            self.workload.steps(task),
-            task.training,
-            name=task.name,
-            examples=task.train,
-            seed=recipe.seed,
-            log=self.log,
-            stop=self.stop,
-        )
+        summary = TaskSummary(steps=0, last_loss=math.nan)
+        if engine is None:
+            self.log.say(f"task {task.index} {task.name}: no direction is left to learn in; nothing is trained")
+        else:
+            method.engine_started(ctx)
+            clock.lap("method_s")
+            summary = train_task(
+                ctx,
+                method,
+                self.workload.steps(task),
+                task.training,
+                name=task.name,
+                examples=task.train,
+                seed=recipe.seed,
+                log=self.log,
+                stop=self.stop,
+            )
         clock.lap("train_s")
-        tensors = method.end_task(ctx)
-        engine.close()
+        tensors = self._end_task(ctx, task)
+        if engine is not None:
+            engine.close()
         self._refuse_not_finite(task, tensors)
         clock.lap("method_s")
         self.ranks.on_first(lambda: self._publish(task, key, tensors))
+        self._note_leaks()
         clock.lap("save_s")
         self.facts["timing"][task.name] = clock.seconds
         self.facts |= self.origin
 
         def tell() -> None:
             self._write_facts()
+            for record in method.records():
+                self.log.event("subspace", task_index=task.index, task=task.name, **record)
             done = {"steps": summary.steps, "last_loss": summary.last_loss, **clock.seconds}
             self.log.event("task", task_index=task.index, task=task.name, **done)
 
         self.ranks.on_first(tell)
         return tensors
+
+    def _end_task(self, ctx: Context, task: StreamTask) -> dict[str, Tensor]:
+        """The task's trained tensors. `UserError` where the features that the method samples are not finite."""
+        try:
+            return self.method.end_task(ctx)
+        except FeaturesNotFinite as error:
+            rows = [task.train[row].row_id for row in error.rows]
+            raise UserError(
+                f"task {task.name}: the features that {error.layer} reads are not finite in training rows "
+                f"{', '.join(map(str, rows[:10]))}{' and more' if len(rows) > 10 else ''}; nothing of this task was "
+                f"saved. Try a lower training.learning_rate (now {task.training.learning_rate:g}), or precision fp32"
+            ) from error
+
+    def _note_leaks(self) -> None:
+        """What `results.json` says of the leaks; nothing where the method protects nothing, or nothing yet."""
+        found = self.method.leaks()
+        per_task: dict[str, dict[str, Any]] = {
+            self.workload.tasks[index - 1].name: {"max": max(layers.values()), "per_layer": layers}
+            for index, layers in found.items()
+        }
+        worst = max((max(layers.values()) for layers in found.values()), default=None)
+        self.facts["leak"] = None if worst is None else {"max": worst, "per_task": per_task}
 
     def _context(self, task: StreamTask) -> Context:
         return Context(
@@ -169,14 +205,17 @@ class Stream:
             examples=task.train,
             micro_batch_size=task.training.micro_batch_size,
             seed=self.recipe.seed,
+            earlier=[earlier.train for earlier in self.workload.tasks[: task.index - 1]],
         )
 
-    def _start_engine(self, ctx: Context, task: StreamTask) -> TaskEngine:
-        """Hand the model with its adapter to DeepSpeed."""
+    def _start_engine(self, ctx: Context, task: StreamTask) -> TaskEngine | None:
+        """Hand the model with its adapter to DeepSpeed; None where nothing in it is to be trained."""
         recipe = self.recipe
         prepare_for_training(ctx.model, gradient_checkpointing=recipe.engine.gradient_checkpointing)
         trained = [parameter for parameter in ctx.model.parameters() if parameter.requires_grad]
         self.facts["trainable_parameters"] = sum(parameter.numel() for parameter in trained)
+        if not trained:
+            return None
         if recipe.engine.zero == 3:
             ctx.model.to("cpu")  # DeepSpeed takes its shards from there; the device never holds model and shards
         engine = TaskEngine(LabelLoss(ctx.model, recipe.model.family), recipe.engine, task.training, self.ranks)
@@ -210,6 +249,7 @@ class Stream:
             method_name=recipe.method.name,
             method_tensors=method_tensors,
             method_state=method_values,
+            method_influences=self.method.memory_influences(),
             info=info,
         )
         self.log.event("save", task_index=task.index, task=task.name, stage=stage.path.name)
@@ -221,10 +261,11 @@ class Stream:
         if not missing:
             return
         model = self.weights.model({} if after == UNTRAINED else self.method.active())
-        for task in missing:
-            self.ranks.check_stop(self.stop)
-            self.method.begin_evaluation(task.name)
-            self.cells.score(model, after, key, task)
+        with nullcontext() if after == UNTRAINED else self.method.equipped(model):
+            for task in missing:
+                self.ranks.check_stop(self.stop)
+                self.method.begin_evaluation(task.name)
+                self.cells.score(model, after, key, task)
         timing = self.facts["timing"].setdefault(UNTRAINED if after == UNTRAINED else after.split("-", 1)[1], {})
         timing["evaluate_s"] = round(timing.get("evaluate_s", 0.0) + time.monotonic() - start, 3)
         self.ranks.on_first(self._write_facts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,9 +13,12 @@ from data_prep.batches import Example, encode_labels, encode_rows
 from data_prep.errors import UserError
 from data_prep.synthetic import ensure_folder
 from data_prep.tasks import TaskData, load_tasks
+from pipeline.adapter_kinds import adapter_kind, check_max_rank
+from pipeline.adapters.base import AdapterKind
+from pipeline.adapters.lora import LoraKind
 from pipeline.checkpoints import backbone_folder, check_weights, fingerprint
 from pipeline.loop import Step, plan_task
-from pipeline.models import load_tokenizer, skeleton, target_modules
+from pipeline.models import load_tokenizer, skeleton
 from pipeline.recipe import SYNTHETIC, Recipe, Training
 
 if TYPE_CHECKING:
@@ -63,7 +66,8 @@ class Workload:
     recipe: Recipe
     model_folder: Path
     model_fingerprint: str  # hash of the backbone's files
-    targets: list[str]  # layers that carry an adapter
+    kind: AdapterKind
+    targets: Sequence[str]  # layers that carry a LoRA
     tokenizer: PreTrainedTokenizerBase
     tasks: list[StreamTask]
 
@@ -81,7 +85,7 @@ class Workload:
             "family": recipe.model.family,
             "rows": task.data.fingerprints["train"],
             **self._prompt_influences(task),
-            "adapter": recipe.adapter.model_dump(mode="json", exclude={"kind"}),
+            "adapter": recipe.adapter.model_dump(mode="json"),
             "training": training,
             "batching": recipe.batching.model_dump(mode="json"),
             "precision": recipe.engine.precision,
@@ -134,8 +138,11 @@ def load_workload(recipe: Recipe, ranks: Ranks | Alone) -> Workload:
 
 def _read(recipe: Recipe, folder: Path, model_fingerprint: str) -> Workload:
     family = recipe.model.family
-    targets = target_modules(skeleton(folder, family), family, recipe.adapter.target_modules)
+    model = skeleton(folder, family)
+    kind = adapter_kind(recipe.adapter, model, family)
+    targets: Sequence[str] = kind.targets if isinstance(kind, LoraKind) else []
     check_weights(folder, targets)
+    check_max_rank(recipe.method, kind, model)
     tokenizer = load_tokenizer(folder, family)
     split = recipe.evaluation.split
     tasks = load_tasks(recipe.data, recipe.task_names, split=split, seed=recipe.seed)
@@ -143,6 +150,7 @@ def _read(recipe: Recipe, folder: Path, model_fingerprint: str) -> Workload:
         recipe=recipe,
         model_folder=folder,
         model_fingerprint=model_fingerprint,
+        kind=kind,
         targets=targets,
         tokenizer=tokenizer,
         tasks=[_encoded(recipe, index, data, tokenizer) for index, data in enumerate(tasks, start=1)],

@@ -6,12 +6,16 @@ Legend: d_in, d_out width of the layer; r rank; A [r, d_in]; B [d_out, r]; s sca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pipeline.adapters.base import See, TensorProjector, Trained, install, value_of
+from pipeline.adapters.forwards import inputs_seen
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,14 @@ def summed_update(parts: Sequence[Factors]) -> Tensor:
 class LoraLinear(nn.Module):
     """A frozen linear layer with a trainable low-rank branch beside it."""
 
-    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, scale: float, dropout: float) -> None:
+    A_projector: TensorProjector | None
+    B_projector: TensorProjector | None
+
+    def __init__(self, base: nn.Module, A: Trained, B: Trained, scale: float, dropout: float) -> None:
         super().__init__()
         self.base = base
-        self.A = nn.Parameter(A)  # [r, d_in]
-        self.B = nn.Parameter(B)  # [d_out, r]
+        self.A = install(self, "A", A, self.weight)  # of [r, d_in]
+        self.B = install(self, "B", B, self.weight)  # of [d_out, r]
         self.scale = scale
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 
@@ -49,47 +56,75 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., d_in] -> [..., d_out]
         """`base(x) + s B A dropout(x)`."""
-        branch = F.linear(F.linear(self.dropout(x), self.A), self.B)
-        output: Tensor = self.base(x) + self.scale * branch
+        hidden = F.linear(self.dropout(x), value_of(self.A, self.A_projector))
+        output: Tensor = self.base(x) + self.scale * F.linear(hidden, value_of(self.B, self.B_projector))
         return output
 
 
-def new_factors(
-    model: nn.Module, targets: Iterable[str], *, rank: int, scale: float, generator: torch.Generator
-) -> dict[str, Factors]:
-    """Starting factors: A Kaiming-uniform with a = sqrt 5 (so U(-1/sqrt d_in, 1/sqrt d_in)), B zero.
+class AttachedLora:
+    """LoRA branches in their places in a model."""
 
-    Drawn on the CPU in the order of `targets`, so that every rank and device starts from the same numbers.
-    """
-    factors = {}
-    for name in targets:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        bound = 1 / math.sqrt(layer.in_features)
-        A = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
-        factors[name] = Factors(A, torch.zeros(layer.out_features, rank), scale)
-    return factors
+    def __init__(self, model: nn.Module, layers: Mapping[str, LoraLinear]) -> None:
+        self._model = model
+        self._layers = layers
+        self.parameters: Mapping[str, nn.Parameter] = {
+            f"{name}.{part}": getattr(layer, part) for name, layer in layers.items() for part in "AB"
+        }
 
+    def observe(self, see: See) -> AbstractContextManager[None]:
+        """Inside, every forward tells `see` the inputs [b, s, d_in] of the layers, under their names."""
+        return inputs_seen(see, self._layers)
 
-def attach(model: nn.Module, starts: Mapping[str, Factors], *, dropout: float) -> dict[str, LoraLinear]:
-    """Put a trainable branch beside each named layer, in place, starting at the given factors."""
-    attached = {}
-    for name, start in starts.items():
-        base = model.get_submodule(name)
-        weight = base.weight
-        assert isinstance(weight, Tensor)
-        A, B = (part.to(weight.device, weight.dtype, copy=True) for part in (start.A, start.B))
-        layer = LoraLinear(base, A, B, start.scale, dropout)
-        layer.train(model.training)
-        model.set_submodule(name, layer)
-        attached[name] = layer
-    return attached
+    def detach(self) -> None:
+        """The bare layers stand in the model again."""
+        for name, layer in self._layers.items():
+            self._model.set_submodule(name, layer.base)
 
 
-def detach(model: nn.Module, attached: Mapping[str, LoraLinear]) -> None:
-    """Undo `attach`: the bare layers stand in the model again."""
-    for name, layer in attached.items():
-        model.set_submodule(name, layer.base)
+class LoraKind:
+    """LoRA on the linear layers `targets`; tensors `<layer>.A`, `<layer>.B`."""
+
+    name = "lora"
+
+    def __init__(self, targets: Sequence[str], *, rank: int, alpha: float, dropout: float) -> None:
+        self.targets = targets
+        self.rank, self.dropout = rank, dropout
+        self.scale = alpha / rank
+
+    def starts(self, model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        """A Kaiming-uniform with a = sqrt 5 (so U(-1/sqrt d_in, 1/sqrt d_in)), B zero (methods.md section 1).
+
+        Drawn on the CPU in the order of `targets`, so that every rank and device starts from the same numbers.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name in self.targets:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            bound = 1 / math.sqrt(layer.in_features)
+            A = torch.empty(self.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+            tensors |= {f"{name}.A": A, f"{name}.B": torch.zeros(layer.out_features, self.rank)}
+        return tensors
+
+    def attach(self, model: nn.Module, trained: Mapping[str, Trained]) -> AttachedLora:
+        """Put a branch beside each layer that `trained` has tensors for, in place."""
+        layers = {}
+        for name in (tensor.removesuffix(".A") for tensor in trained if tensor.endswith(".A")):
+            base = model.get_submodule(name)
+            layer = LoraLinear(base, trained[f"{name}.A"], trained[f"{name}.B"], self.scale, self.dropout)
+            layer.train(model.training)
+            model.set_submodule(name, layer)
+            layers[name] = layer
+        return AttachedLora(model, layers)
+
+    def space_of(self, tensor: str) -> str:
+        """A multiplies the layer's input, "<layer>"; B multiplies A x, "<layer>.h"."""
+        layer = tensor[:-2]
+        return layer if tensor.endswith(".A") else f"{layer}.h"
+
+    def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+        """Finished tensors as factors, by layer."""
+        names = [tensor[:-2] for tensor in tensors if tensor.endswith(".A")]
+        return {name: Factors(tensors[f"{name}.A"], tensors[f"{name}.B"], self.scale) for name in names}
 
 
 def to_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:

@@ -5,11 +5,15 @@ from typing import Any
 
 from pipeline.methods.base import Method, TaskContext
 from pipeline.methods.inclora import IncrementalLora
-from pipeline.methods.seqlora import SequentialLora
+from pipeline.methods.olora import OrthogonalLora
+from pipeline.methods.pegp import ProjectedByFeatures
+from pipeline.methods.seqlora import SequentialAdapter
 
 METHODS: Mapping[str, type[Method[Any]]] = {
-    "seqlora": SequentialLora,
+    "seqlora": SequentialAdapter,
     "inclora": IncrementalLora,
+    "olora": OrthogonalLora,
+    "pegp": ProjectedByFeatures,
 }
 
 __all__ = ["METHODS", "Method", "TaskContext"]

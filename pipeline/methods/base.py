@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.adapters.base import AdapterKind
 from pipeline.adapters.lora import Factors
-from pipeline.recipe import Adapter, Group
+from pipeline.recipe import Group
 
+Value = TypeVar("Value")
 Settings = TypeVar("Settings", bound=Group)
 
 
@@ -23,15 +26,31 @@ class TaskContext(Protocol):
     model: nn.Module
     task_index: int  # from 1
     step: int  # optimizer steps done in this task
-    targets: Sequence[str]  # layers that carry an adapter
+
+    @property
+    def row_count(self) -> int:
+        """The task's training rows."""
 
     def generator(self, purpose: str) -> torch.Generator:
         """A CPU generator seeded from (seed, task, purpose): the same on every rank."""
 
-    def run_rows(self, rows: Sequence[int], *, backward: bool) -> float:
+    def run_rows(self, rows: Sequence[int], *, backward: bool, task_index: int | None = None) -> float:
         """Run training rows through `model` in evaluation mode (each rank its share) with whatever hooks the
         method has put on its layers; returns the mean loss per label token over all ranks.
+
+        `task_index`: rows of another task of the stream, for measurements that training never sees.
         """
+
+    def run_probe(self) -> None:
+        """One training row through `model` on every rank, before training: for hooks to see what layers read."""
+
+    def real_positions(self, width: int) -> Tensor:
+        """Inside `run_rows`: the positions [n] of the flat batch [b x width] that hold no padding, where `width` is
+        that of the prompt or, in a decoder, of the label.
+        """
+
+    def on_first(self, action: Callable[[], Value]) -> Value:
+        """Run `action` on rank 0 and give its result, small and picklable, to all."""
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """The sum of `tensor` over ranks."""
@@ -59,9 +78,12 @@ class Method(Generic[Settings]):
     `after_step`, then `end_task`, and `begin_evaluation` before each task that is scored.
     """
 
-    def __init__(self, settings: Settings, adapter: Adapter) -> None:
+    per_task: bool  # a new adapter for each task, or one through the stream
+
+    def __init__(self, settings: Settings, kind: AdapterKind, *, task_count: int) -> None:
         self.settings = settings
-        self.adapter = adapter
+        self.kind = kind
+        self.task_count = task_count
 
     def begin_task(self, ctx: TaskContext) -> None:
         """Attach the task's adapter to `ctx.model`."""
@@ -96,6 +118,22 @@ class Method(Generic[Settings]):
     def active(self) -> Mapping[str, Sequence[Factors]]:
         """All that has been learnt, by layer: what stands in the weights when tasks are scored."""
         return self.frozen()
+
+    def equipped(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, `model` (with `active` merged) carries what has been learnt and weights cannot hold."""
+        return nullcontext()
+
+    def records(self) -> Sequence[Mapping[str, Any]]:
+        """What the log says of the finished task's subspaces and penalties, a `subspace` event each."""
+        return []
+
+    def leaks(self) -> Mapping[int, Mapping[str, float]]:
+        """Per task (from 1) and layer, the share of the trained change inside the protected space."""
+        return {}
+
+    def memory_influences(self) -> dict[str, Any]:
+        """What decides the memory that `state_dict` holds, beside the trained weights."""
+        return {}
 
     def influences(self, task_index: int) -> dict[str, Any]:
         """What of the method influences how task `task_index` trains, for the stage's address."""

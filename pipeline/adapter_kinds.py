@@ -1,0 +1,79 @@
+"""A recipe's adapter for its backbone: which of the kinds in `adapters/`, and where in the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from data_prep.errors import UserError
+from pipeline.adapters.base import AdapterKind
+from pipeline.adapters.bottleneck import BottleneckKind
+from pipeline.adapters.lora import LoraKind
+from pipeline.adapters.prefix import PrefixKind
+from pipeline.adapters.prompt import PromptKind
+from pipeline.attention import prefix_kind
+from pipeline.models import feed_forward_blocks, target_modules
+from pipeline.recipe import Adapter, MethodSettings
+
+
+def adapter_kind(settings: Adapter, model: nn.Module, family: str) -> AdapterKind:
+    """The adapter that `settings` describe, for a backbone of `family`; `model` may be a skeleton.
+
+    Raises `UserError` where the backbone has no such layers.
+    """
+    match settings.kind:
+        case "lora":
+            targets = target_modules(model, family, settings.target_modules)
+            return LoraKind(targets, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout)
+        case "bottleneck":
+            return BottleneckKind(feed_forward_blocks(model, family), width=settings.width)
+        case "prompt":
+            return PromptKind(length=settings.length)
+        case "prefix":
+            return prefix_kind(settings.length)
+
+
+def space_widths(kind: AdapterKind, model: nn.Module) -> dict[str, int]:
+    """The dimension of the space that each kind of tensor's rows live in, by a word for it."""
+    config: Any = model.config
+    if isinstance(kind, LoraKind):
+        layers: list[Any] = [model.get_submodule(name) for name in kind.targets]
+        return {"the narrowest layer's input": min(layer.in_features for layer in layers)}
+    if isinstance(kind, BottleneckKind):
+        return {"the model": config.hidden_size, "the bottleneck (adapter.width)": kind.width}
+    if isinstance(kind, PromptKind):
+        return {"an embedding": config.hidden_size}
+    return {"an attention head": _head_width(config)}
+
+
+def check_max_rank(method: MethodSettings, kind: AdapterKind, model: nn.Module) -> None:
+    """Raises `UserError` where `method.max_rank` asks for more directions than a protected space has."""
+    most = getattr(method, "max_rank", None)
+    if isinstance(most, int):
+        place, width = min(space_widths(kind, model).items(), key=lambda item: item[1])
+        if most > width:
+            raise UserError(
+                f"method.max_rank: {most} directions, but {place} has {width}; legal are 1 to {width}, a share of the "
+                "width such as 0.5, or null"
+            )
+
+
+def trainable_parameters(kind: AdapterKind, model: nn.Module) -> int:
+    """Numbers in one new adapter of this kind."""
+    config: Any = model.config
+    if isinstance(kind, LoraKind):
+        layers: list[Any] = [model.get_submodule(name) for name in kind.targets]
+        return sum(kind.rank * int(layer.in_features + layer.out_features) for layer in layers)
+    if isinstance(kind, BottleneckKind):
+        return len(kind.blocks) * 2 * kind.width * int(config.hidden_size)
+    if isinstance(kind, PromptKind):
+        return kind.length * int(config.hidden_size)
+    assert isinstance(kind, PrefixKind)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    layers_with_prefix = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+    return 2 * int(layers_with_prefix * heads * _head_width(config)) * kind.length
+
+
+def _head_width(config: Any) -> int:
+    return int(getattr(config, "d_kv", None) or config.head_dim)

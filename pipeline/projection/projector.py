@@ -1,0 +1,163 @@
+"""Projection by construction: what a trained tensor passes through in the forward (methods.md section 1).
+
+The chain rule then projects the gradient and the forward projects whatever update an optimizer makes, so AdamW's
+scaling, momentum and weight decay, clipping, accumulation and ZeRO need no special case.
+
+Legend: Q [d, k] protected basis; N [d, d - k] its complement; start [r, d]. A leading dimension of Q (one basis a
+head, zero-padded to one k) goes with a leading dimension of the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.projection.subspace import Subspace
+
+
+class Projector(nn.Module):
+    """`trained -> start + the part of trained outside span(Q)`; holds no parameter."""
+
+    start: Tensor
+    matrix: Tensor
+
+    def __init__(self, start: Tensor, matrix: Tensor) -> None:
+        super().__init__()
+        # Not buffers, so that neither a cast to bf16 nor a move to another device touches them.
+        self._exact = start.float(), matrix.float()
+        self.register_buffer("start", start.float(), persistent=False)
+        self.register_buffer("matrix", matrix.float(), persistent=False)
+
+    def initial(self) -> Tensor:
+        """Zeros in the shape of the trained tensor, float32: the tensor then stands at its start."""
+        raise NotImplementedError
+
+    def change(self, trained: Tensor) -> Tensor:
+        """What training has added to the start, float32 on the CPU, from the trained tensor's float32 master."""
+        raise NotImplementedError
+
+
+class Residual(Projector):
+    """`A = A_start + A~ (I - Q Q^T)`; the trained tensor has the shape of A."""
+
+    def initial(self) -> Tensor:
+        """Zeros like the start."""
+        return torch.zeros_like(self._exact[0])
+
+    def change(self, trained: Tensor) -> Tensor:
+        """`A~ (I - Q Q^T)`."""
+        value, Q = trained.detach().cpu().double(), self._exact[1].cpu().double()
+        return (value - (value @ Q) @ Q.mT).float()
+
+    def forward(self, trained: Tensor) -> Tensor:  # [r, d] -> [r, d]
+        """The tensor that the adapter uses."""
+        projected: Tensor = _Outside.apply(trained, self.start, self.matrix)  # type: ignore[no-untyped-call]
+        return projected
+
+
+class Complement(Projector):
+    """`A = A_start + C N^T`; the trained tensor C is [r, d - k]: fewer numbers where k > d / 2."""
+
+    def initial(self) -> Tensor:
+        """Zeros [r, d - k]."""
+        start, N = self._exact
+        return start.new_zeros(*start.shape[:-1], N.shape[-1])
+
+    def change(self, trained: Tensor) -> Tensor:
+        """`C N^T`."""
+        return (trained.detach().cpu().double() @ self._exact[1].cpu().double().mT).float()
+
+    def forward(self, trained: Tensor) -> Tensor:  # [r, d - k] -> [r, d]
+        """The tensor that the adapter uses."""
+        return torch.addmm(self.start, trained, self.matrix.mT)
+
+
+class _Outside(torch.autograd.Function):
+    """`start + t - (t Q) Q^T`; written out, its backward is two small products and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, trained: Tensor, start: Tensor, Q: Tensor) -> Tensor:
+        ctx.save_for_backward(Q)
+        return _residual(trained, Q).add_(start)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (Q,) = ctx.saved_tensors
+        return _residual(gradients[0], Q), None, None
+
+
+def _residual(x: Tensor, Q: Tensor) -> Tensor:
+    if x.dim() == 2:
+        return torch.addmm(x, x @ Q, Q.mT, alpha=-1)
+    return torch.baddbmm(x, x @ Q, Q.mT, alpha=-1)
+
+
+def projector(start: Tensor, space: Subspace) -> Projector | None:
+    """The projector of a tensor [r, d] whose change shall stay outside `space`, in whichever form trains less.
+
+    None for an empty space: the plain tensor is trained, so that an empty projection is no projection, bit for bit.
+    Where nothing is free there is nothing to train, and no projector.
+    """
+    assert start.shape[-1] == space.width, (start.shape, space.width)
+    assert space.free, "nothing is left to train: the tensor keeps its start"
+    if space.rank == 0:
+        return None
+    if space.rank > space.width / 2:
+        return Complement(start, space.complement())
+    return Residual(start, space.basis)
+
+
+def padded_bases(spaces: Sequence[Subspace]) -> Tensor:  # [m, d, largest k]
+    """The bases of spaces of one width side by side; columns of zeros project nothing."""
+    most = max(space.rank for space in spaces)
+    return torch.stack([torch.nn.functional.pad(space.basis, (0, most - space.rank)) for space in spaces])
+
+
+def projector_by_head(start: Tensor, spaces: Sequence[Subspace]) -> Projector | None:
+    """The same for a tensor [heads, r, d] with a space for each head; a head with nothing free keeps its start."""
+    assert len(start) == len(spaces), (start.shape, len(spaces))
+    if not any(space.rank for space in spaces):
+        return None
+    # All of a full head is protected. The identity spans the same and leaves exactly nothing, where a float32 basis
+    # leaves rounding, all of it inside.
+    return Residual(start, padded_bases([space if space.free else _whole(space.width) for space in spaces]))
+
+
+def _whole(width: int) -> Subspace:
+    return Subspace(torch.eye(width))
+
+
+def start_outside(start: Tensor, space: Subspace) -> Tensor:
+    """`start` [r, d] moved into the complement of `space`, its rows at their old norm (zeros stay), float32.
+
+    The product with the complement's basis in float64: projecting and then rescaling would amplify rounding where
+    little is left (a leak of 1.5e-5 at k = d - 2).
+    """
+    assert space.free, "nothing is left outside"
+    if space.rank == 0:
+        return start
+    N = torch.linalg.qr(space.basis.double(), mode="complete").Q[:, space.rank :]
+    inside_free = (start.double() @ N) @ N.mT
+    norms = inside_free.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+    return (inside_free * (start.double().norm(dim=1) / norms)[:, None]).float()
+
+
+def leak(change: Tensor, space: Subspace) -> float:
+    """`||dA Q||_F / ||dA||_F`: the share of a change [r, d] inside the protected space (methods.md 8.2).
+
+    0 for no change.
+    """
+    change = change.detach().double()
+    size = float(change.norm())
+    return float(space.coordinates(change).norm()) / size if size > 0 else 0.0
+
+
+def leak_by_head(change: Tensor, spaces: Sequence[Subspace]) -> float:
+    """The same for a change [heads, r, d] with a space for each head."""
+    change = change.detach().double()
+    size = float(change.norm())
+    inside = sum(float(space.coordinates(part).square().sum()) for part, space in zip(change, spaces, strict=True))
+    return inside**0.5 / size if size > 0 else 0.0
