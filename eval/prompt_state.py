@@ -1,6 +1,9 @@
 """A batch of prompts that a model has read once, ready for generation and for scoring options.
 
 Shapes: b rows, s prompt positions, q packed positions, V vocabulary.
+
+A model may put v virtual tokens of its own before what it reads (a soft prompt, or a prefix in its attention). The
+states find them in the cache, where all positions count from the first of them.
 """
 
 from collections.abc import Sequence
@@ -88,17 +91,18 @@ class T5State:
         self.encoded = self.encoded[: len(rows)]
 
     def packed_logits(self, tokens: Tensor, depths: Tensor, visible: Tensor) -> Tensor:
-        """See `PromptState`. Position 0 of the decoder, the start token, is in the cache already.
+        """See `PromptState`. The decoder's first positions are in the cache already: v virtual ones, the start token.
 
         T5 makes its position bias from places in the sequence, which are wrong for packed tokens. The mask is
         added to that bias, so it carries the right one minus the wrong one.
         """
-        positions = torch.cat([depths.new_zeros(1), depths + 1])  # (1 + q,), the start token first
+        past = self.cache.get_seq_length()  # v + 1
+        positions = torch.cat([torch.arange(past, device=depths.device), depths + past])  # (past + q,)
         attention = self.model.decoder.block[0].layer[0].SelfAttention
-        by_place = attention.compute_bias(len(positions), len(positions))  # (1, heads, 1 + q, 1 + q)
+        by_place = attention.compute_bias(len(positions), len(positions))  # (1, heads, past + q, past + q)
         by_position = by_place[:, :, positions][:, :, :, positions]
-        mask = (by_position - by_place)[:, :, 1:]
-        mask = mask.masked_fill(_hidden(visible, past=1), torch.finfo(mask.dtype).min)
+        mask = (by_position - by_place)[:, :, past:]
+        mask = mask.masked_fill(_hidden(visible, past), torch.finfo(mask.dtype).min)
         logits = self._decode(tokens.expand(len(self.encoded), -1), mask)
         self.cache.crop(-len(tokens))
         return logits
@@ -108,7 +112,7 @@ class LlamaState:
     """Prompts read by a decoder-only model, padded on the right.
 
     So the prompt needs no mask (no token sees the padding after it); later tokens mask the padding and take
-    their true positions.
+    their true positions. `lengths` and `mask` count virtual tokens once the prompt is read.
     """
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
@@ -120,6 +124,10 @@ class LlamaState:
         self.cache = read.past_key_values
         last = read.last_hidden_state[torch.arange(len(prompts), device=weight.device), self.lengths - 1]
         self.logits: Tensor = model.lm_head(last)
+        virtual = self.cache.get_seq_length() - input_ids.shape[1]
+        self.lengths = self.lengths + virtual
+        if self.mask is not None:
+            self.mask = torch.nn.functional.pad(self.mask, (virtual, 0), value=1)
 
     def _decode(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         output = self.model(

@@ -97,6 +97,7 @@ class Context:
                     (loss / label_tokens).backward()
                 total += loss.item()
         if self._engine is not None and self._engine.forwards_together:
+            self._masks = []
             shares = [len(batches[rank :: self.ranks.world]) for rank in range(self.ranks.world)]
             for _ in range(max(shares) - shares[self.ranks.rank]):
                 self._engine.idle_forward(self.collate([-1] * size))
@@ -113,7 +114,12 @@ class Context:
         self.model.train(was_training)
 
     def real_positions(self, width: int) -> Tensor:
-        """Where the batch being run holds no padding, flat, by the width of prompts or of labels."""
+        """Where the batch being run holds no padding, flat, by the width of prompts or of labels.
+
+        Nowhere in a forward for the other ranks' sake, which an observer that is no hook sees too.
+        """
+        if not self._masks:
+            return torch.empty(0, dtype=torch.long, device=self.ranks.device)
         found = [mask for mask in self._masks if mask.shape[1] == width]
         assert len(found) == 1, f"{width} positions: the batch has {[tuple(mask.shape) for mask in self._masks]}"
         return found[0].flatten().nonzero().squeeze(1)

@@ -26,8 +26,7 @@ FillCache = Callable[[nn.Module, Any, Sequence[tuple[Tensor, Tensor]]], Any]
 QueriesSeen = Callable[[nn.Module, Callable[[nn.Module, Tensor], None]], AbstractContextManager[None]]
 
 
-# TODO
-START_STD = 0.02
+START_STD = 1.0
 
 
 class Prefix(nn.Module):

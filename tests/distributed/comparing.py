@@ -65,7 +65,7 @@ def plain(
         runs.backbones / case.backbone,
         case.family,
         start=result["start"],
-        scale=case.adapter.alpha / case.adapter.rank,
+        scale=case.kind([]).scale,
         steps=case.steps,
         examples=case.examples,
         training=TRAINING,

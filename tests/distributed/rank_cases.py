@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from random_backbones import random_examples
 
+from pipeline.adapters.lora import LoraKind
 from pipeline.loop import Step, plan_task
-from pipeline.recipe import Adapter, Batching, Engine, Training
+from pipeline.recipe import Batching, Engine, Training
 
 SEED = 7
 # Three steps an epoch; the third has 5 rows of 8: two full micro-batches, one half empty, one of padding alone.
@@ -40,6 +41,8 @@ class Case:
     dropout: float = 0.0
     method: str = "inclora"
     checkpointing: bool = False
+    adapter: str = "lora"
+    project: str = "exact"  # of the method pegp
 
     def __str__(self) -> str:
         parts = [self.run, self.family, f"zero{self.zero}"]
@@ -48,6 +51,8 @@ class Case:
         parts += ["dropout"] if self.dropout else []
         parts += [] if self.method == "inclora" else [self.method]
         parts += ["checkpointing"] if self.checkpointing else []
+        parts += [] if self.adapter == "lora" else [self.adapter]
+        parts += [] if self.project == "exact" else [self.project]
         return "-".join(parts)
 
     @property
@@ -64,9 +69,8 @@ class Case:
             gradient_checkpointing=self.checkpointing,
         )
 
-    @property
-    def adapter(self) -> Adapter:
-        return Adapter(rank=3, alpha=6, dropout=self.dropout)
+    def kind(self, targets: list[str]) -> LoraKind:
+        return LoraKind(targets, rank=3, alpha=6, dropout=self.dropout)
 
     @property
     def examples(self):

@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from pegp_runs import two_tasks
 from plain_engine import PlainEngine
 from random_backbones import PAD
 from rank_cases import L2, SEED, TRAINING, WRITE_AFTER, Case
@@ -69,7 +70,9 @@ class Job:
     def method(self, kind: type[Any] | None = None) -> Any:
         kind = kind or METHODS[self.case.method]
         settings = SeqLora(name="seqlora") if self.case.method == "seqlora" else IncLora(name="inclora")
-        return kind(settings, self.case.adapter)
+        model = load_backbone(self.folder, self.case.family, dtype=torch.float32)
+        targets = target_modules(model, self.case.family, None)
+        return kind(settings, self.case.kind(targets), task_count=1)
 
     def start(self, ctx: Context, method: Any, *, begun: bool = False) -> Any:
         """From a bare backbone, or where the task has begun, to a started engine."""
@@ -111,7 +114,7 @@ class Job:
 
 def adapter_tensors(method: Any) -> dict[str, nn.Parameter]:
     """The trained tensors by the names that `end_task` gives them."""
-    return {f"{name}.{part}": getattr(layer, part) for name, layer in method._attached.items() for part in ("A", "B")}
+    return dict(method._attached.parameters)
 
 
 def train(job: Job) -> Result:
@@ -122,8 +125,8 @@ def train(job: Job) -> Result:
 class _Access(IncrementalLora):
     """Reads whatever a method may read, at every step, and writes once."""
 
-    def __init__(self, *settings: Any) -> None:
-        super().__init__(*settings)
+    def __init__(self, *settings: Any, **more: Any) -> None:
+        super().__init__(*settings, **more)
         self.seen: dict[str, list[dict[str, Tensor]]] = {"gradients": [], "moments": [], "masters": []}
         self.written: dict[str, dict[str, Tensor]] = {}
 
@@ -162,7 +165,12 @@ class _PullToZero(IncrementalLora):
     """L2 on every A: a penalty whose gradient is known."""
 
     def penalty(self, ctx: Any) -> Tensor:
-        return L2 * torch.stack([layer.A.square().sum() for layer in self._attached.values()]).sum()
+        return (
+            L2
+            * torch.stack(
+                [value.square().sum() for name, value in adapter_tensors(self).items() if name.endswith(".A")]
+            ).sum()
+        )
 
 
 def penalty(job: Job) -> Result:
@@ -212,7 +220,8 @@ def _add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
 
 def run_rows(job: Job) -> Result:
     """Rows through the model before training (with backward) and after it, under hooks."""
-    rows = list(range(13))  # 7 micro-batches: two ranks cannot share them evenly
+    # 7 micro-batches, which two ranks cannot share evenly; in the order in which `run_rows` batches them
+    rows = sorted(range(13), key=lambda row: len(job.case.examples[row].input_ids))
     ctx, method = job.context(), job.method()
     names = [str(name) for name in ctx.targets]
     before, idle = _Moments(), _Moments()
@@ -387,5 +396,6 @@ RUNS: dict[str, Callable[[Job], Result]] = {
         steep,
         messages,
         wrong_world,
+        two_tasks,
     )
 }

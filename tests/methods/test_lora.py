@@ -13,16 +13,8 @@ from random_backbones import save_backbone
 from torch import nn
 
 from data_prep.errors import UserError
-from pipeline.adapters.lora import (
-    Factors,
-    LoraLinear,
-    attach,
-    detach,
-    from_tensors,
-    new_factors,
-    summed_update,
-    to_tensors,
-)
+from pipeline.adapters.base import Trained
+from pipeline.adapters.lora import Factors, LoraKind, LoraLinear, from_tensors, summed_update, to_tensors
 from pipeline.models import load_backbone, target_modules
 
 # W: 3 x 2, r = 1, alpha = 2, so s = 2.
@@ -38,7 +30,7 @@ def linear(weight: torch.Tensor) -> nn.Linear:
 
 
 def test_hand_computed_forward_and_gradients() -> None:
-    layer = LoraLinear(linear(W), A.clone(), B.clone(), scale=2.0, dropout=0.0)
+    layer = LoraLinear(linear(W), Trained(A), Trained(B), scale=2.0, dropout=0.0)
     x = torch.tensor([[3.0, 1.0]], requires_grad=True)
 
     y = layer(x)
@@ -64,12 +56,13 @@ def test_hand_computed_update_of_two_tasks() -> None:
 @given(rank=st.integers(1, 4), d_in=st.integers(1, 9), scale=st.sampled_from([0.5, 2.0, 4.0]))
 def test_starting_factors_change_nothing_and_stay_in_bounds(rank: int, d_in: int, scale: float) -> None:
     model = nn.Sequential(nn.Linear(d_in, 5, bias=False))
-    factors = new_factors(model, ["0"], rank=rank, scale=scale, generator=torch.Generator().manual_seed(1))["0"]
+    kind = LoraKind(["0"], rank=rank, alpha=scale * rank, dropout=0.0)
+    factors = kind.factors(kind.starts(model, torch.Generator().manual_seed(1)))["0"]
     assert factors.A.shape == (rank, d_in)
     assert factors.B.shape == (5, rank)
     assert factors.A.abs().max() <= 1 / math.sqrt(d_in)
     assert not factors.B.any()
-    assert factors.scale == scale
+    assert factors.scale == pytest.approx(scale)
     assert not summed_update([factors]).any()
 
 
@@ -77,7 +70,8 @@ def test_starting_factors_are_uniform_to_their_bound_and_depend_on_the_seed_alon
     model = nn.ModuleDict({"q": nn.Linear(64, 8, bias=False), "v": nn.Linear(64, 8, bias=False)})
 
     def start(seed: int) -> dict[str, Factors]:
-        return new_factors(model, ["q", "v"], rank=50, scale=4, generator=torch.Generator().manual_seed(seed))
+        kind = LoraKind(["q", "v"], rank=50, alpha=200, dropout=0.0)
+        return kind.factors(kind.starts(model, torch.Generator().manual_seed(seed)))
 
     first, again, other = start(3), start(3), start(4)
     for name in ("q", "v"):
@@ -100,7 +94,7 @@ def test_the_layer_equals_that_of_peft() -> None:
     layer = theirs.base_model.model[0]
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     nn.init.normal_(up)
-    ours = LoraLinear(linear(weight), down.detach().clone(), up.detach().clone(), scale=4.0, dropout=0.0)
+    ours = LoraLinear(linear(weight), Trained(down.detach()), Trained(up.detach()), scale=4.0, dropout=0.0)
 
     x, delta = torch.randn(4, 6, 7), torch.randn(4, 6, 5)
     expected, got = theirs(x), ours(x)
@@ -115,7 +109,7 @@ def test_the_layer_equals_that_of_peft() -> None:
 
 
 def test_dropout_acts_on_the_branch_alone_and_in_training_alone() -> None:
-    layer = LoraLinear(linear(W), A.clone(), B.clone(), scale=2.0, dropout=0.5)
+    layer = LoraLinear(linear(W), Trained(A), Trained(B), scale=2.0, dropout=0.5)
     x = torch.tensor([[3.0, 1.0]])
     layer.eval()
     assert layer(x).tolist() == [[13.0, 13.0, 25.0]]
@@ -129,15 +123,16 @@ def test_dropout_acts_on_the_branch_alone_and_in_training_alone() -> None:
 def test_attach_starts_at_the_factors_and_detach_restores() -> None:
     model = nn.Sequential(linear(W)).eval()
     bare = model[0]
-    start = {"0": Factors(A, B, 2.0)}
-    attached = attach(model, start, dropout=0.1)
-    assert model[0] is attached["0"]
+    kind = LoraKind(["0"], rank=1, alpha=2, dropout=0.1)
+    attached = kind.attach(model, {"0.A": Trained(A), "0.B": Trained(B)})
+    assert isinstance(model[0], LoraLinear)
+    assert attached.parameters["0.A"] is model[0].A
     assert not model[0].training, "the layer takes the mode of its model"
     assert [parameter.requires_grad for parameter in model.parameters()].count(True) == 2
     with torch.no_grad():
-        attached["0"].A.add_(1)
+        attached.parameters["0.A"].add_(1)
     assert A.tolist() == [[1.0, -1.0]], "training must not write into the factors it started from"
-    detach(model, attached)
+    attached.detach()
     assert model[0] is bare
 
 

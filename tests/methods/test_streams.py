@@ -10,12 +10,12 @@ import torch
 from random_backbones import PAD, random_examples, save_backbone
 from torch import Tensor, nn
 
-from pipeline.adapters.lora import Factors, to_tensors
+from pipeline.adapters.lora import Factors, LoraKind, to_tensors
 from pipeline.context import Context
 from pipeline.engine import Ranks
 from pipeline.methods import METHODS
 from pipeline.models import LabelLoss, load_backbone, merge, target_modules
-from pipeline.recipe import Adapter, IncLora, SeqLora
+from pipeline.recipe import IncLora, SeqLora
 
 FAMILIES = ("t5", "llama2")
 SETTINGS = {"seqlora": SeqLora(name="seqlora"), "inclora": IncLora(name="inclora")}
@@ -27,9 +27,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: save_backbone(root / family, family) for family in FAMILIES}
 
 
-def new_method(name: str, **adapter: Any) -> Any:
-    settings = {"rank": 3, "alpha": 6, "dropout": 0.0} | adapter
-    return METHODS[name](SETTINGS[name], Adapter(**settings))
+def new_method(name: str, folder: Path, family: str) -> Any:
+    targets = target_modules(load_backbone(folder, family, dtype=torch.float32), family, None)
+    return METHODS[name](SETTINGS[name], LoraKind(targets, rank=3, alpha=6, dropout=0.0), task_count=3)
 
 
 def context(folder: Path, family: str, task_index: int, model: nn.Module | None = None) -> Context:
@@ -80,7 +80,8 @@ class Stack(nn.Module):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_past_equals_separate_modules(folders: dict[str, Path], family: str) -> None:
     """methods.md 8.3: logits and the new adapter's gradients, relative norms of at most 1e-5 in float32."""
-    folder, method = folders[family], new_method("inclora")
+    folder = folders[family]
+    method = new_method("inclora", folder, family)
     separate = load_backbone(folder, family, dtype=torch.float32)
     targets = target_modules(separate, family, None)
     past = [random_factors(separate, targets, seed) for seed in (1, 2, 3)]
@@ -90,10 +91,10 @@ def test_merged_past_equals_separate_modules(folders: dict[str, Path], family: s
     ctx = context(folder, family, 4)
     merge(ctx.model, folder, targets, method.frozen())
     method.begin_task(ctx)
-    for layer in method._attached.values():  # B zero would leave A without a gradient
-        nn.init.normal_(layer.B, std=0.3, generator=ctx.generator("test"))
+    for name in targets:  # B zero would leave A without a gradient
+        nn.init.normal_(ctx.model.get_submodule(name).B, std=0.3, generator=ctx.generator("test"))
     for name in targets:
-        layer = method._attached[name]
+        layer = ctx.model.get_submodule(name)
         new = Factors(layer.A.detach(), layer.B.detach(), layer.scale)
         stack = Stack(separate.get_submodule(name), [*(factors[name] for factors in past), new])
         separate.set_submodule(name, stack)
@@ -105,7 +106,7 @@ def test_merged_past_equals_separate_modules(folders: dict[str, Path], family: s
     for model in (ctx.model, separate):
         LabelLoss(model, family)(**batch).backward()
     for name in targets:
-        merged, stack = method._attached[name], separate.get_submodule(name)
+        merged, stack = ctx.model.get_submodule(name), separate.get_submodule(name)
         assert relative(merged.A.grad, stack.down[-1].grad) <= 1e-5
         assert relative(merged.B.grad, stack.up[-1].grad) <= 1e-5
 
@@ -170,29 +171,29 @@ def learn(method: Any, folder: Path, family: str, task_index: int) -> dict[str, 
         optimizer.zero_grad()
         module(**ctx.collate(rows)).backward()
         optimizer.step()
-    tensors = to_tensors(
-        {n: Factors(layer.A.detach(), layer.B.detach(), layer.scale) for n, layer in method._attached.items()}
-    )
+    tensors = {name: parameter.detach() for name, parameter in method._attached.parameters.items()}
     method.load_trained(task_index, tensors)
     return tensors
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_task_is_the_same_bit_for_bit(folders: dict[str, Path], family: str) -> None:
-    seq, inc = (learn(new_method(name), folders[family], family, 1) for name in ("seqlora", "inclora"))
+    seq, inc = (
+        learn(new_method(name, folders[family], family), folders[family], family, 1) for name in ("seqlora", "inclora")
+    )
     assert list(seq) == list(inc)
     assert all(torch.equal(seq[name], inc[name]) for name in seq)
 
 
 def test_seqlora_goes_on_from_its_factors(folders: dict[str, Path]) -> None:
-    method = new_method("seqlora")
+    method = new_method("seqlora", folders["t5"], "t5")
     first = learn(method, folders["t5"], "t5", 1)
     assert method.frozen() == {}
     ctx = context(folders["t5"], "t5", 2)
     method.begin_task(ctx)
-    for name, layer in method._attached.items():
-        assert torch.equal(layer.A, first[f"{name}.A"])
-        assert torch.equal(layer.B, first[f"{name}.B"])
+    attached = method._attached.parameters
+    assert list(attached) == list(first)
+    assert all(torch.equal(attached[name], first[name]) for name in first)
     second = learn(method, folders["t5"], "t5", 2)
     active = method.active()
     assert [len(parts) for parts in active.values()] == [1] * 6
@@ -202,13 +203,13 @@ def test_seqlora_goes_on_from_its_factors(folders: dict[str, Path]) -> None:
 
 
 def test_inclora_starts_anew_and_keeps_the_past(folders: dict[str, Path]) -> None:
-    method = new_method("inclora")
+    method = new_method("inclora", folders["t5"], "t5")
     first = learn(method, folders["t5"], "t5", 1)
     ctx = context(folders["t5"], "t5", 2)
     method.begin_task(ctx)
-    for name, layer in method._attached.items():
-        assert not layer.B.any(), "a new task's update starts at zero"
-        assert not torch.equal(layer.A, first[f"{name}.A"])
+    for name, parameter in method._attached.parameters.items():
+        assert not torch.equal(parameter, first[name])
+        assert name.endswith(".A") or not parameter.any(), "a new task's update starts at zero"
     second = learn(method, folders["t5"], "t5", 2)
     assert method.frozen() == method.active()
     for name, parts in method.active().items():
@@ -221,7 +222,8 @@ def test_inclora_starts_anew_and_keeps_the_past(folders: dict[str, Path]) -> Non
 @pytest.mark.parametrize("name", ["seqlora", "inclora"])
 def test_taking_stages_leads_where_learning_led(folders: dict[str, Path], name: str) -> None:
     """A method that takes the finished tasks' tensors and its own state learns the next task alike."""
-    learning, taking = new_method(name), new_method(name)
+    folder = folders["llama2"]
+    learning, taking = (new_method(name, folder, "llama2") for _ in range(2))
     stages = [learn(learning, folders["llama2"], "llama2", task) for task in (1, 2)]
     for task, tensors in enumerate(stages, start=1):
         taking.load_trained(task, tensors)
@@ -230,7 +232,7 @@ def test_taking_stages_leads_where_learning_led(folders: dict[str, Path], name: 
     assert all(torch.equal(third[part], again[part]) for part in third)
 
 
-def test_stages_of_the_first_task_are_shared_and_later_ones_are_not() -> None:
-    seq, inc = new_method("seqlora"), new_method("inclora")
+def test_stages_of_the_first_task_are_shared_and_later_ones_are_not(folders: dict[str, Path]) -> None:
+    seq, inc = (new_method(name, folders["t5"], "t5") for name in ("seqlora", "inclora"))
     assert seq.influences(1) == inc.influences(1)
     assert seq.influences(2) != inc.influences(2)

@@ -13,6 +13,10 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 # file or folder -> modules that only it, and the others named with the same modules, may import
 ENGINE = {"pipeline/engine.py"}
 TRANSFORMERS = {
+    "pipeline/attention.py",
+    "pipeline/export.py",
+    "pipeline/export_merged.py",
+    "pipeline/export_peft.py",
     "pipeline/models.py",
     "pipeline/tiny.py",
     "pipeline/workload.py",
@@ -61,6 +65,8 @@ def test_imports_follow_the_rules(path: Path) -> None:
         assert not uses(path, "deepspeed", "torch.distributed", "transformers", "data_prep", "eval")
     if here.startswith("pipeline/adapters/"):
         assert all(name.startswith(("torch", "pipeline.adapters")) for name in third_party(path))
+    if here.startswith("pipeline/projection/"):
+        assert all(name.startswith(("torch", "pipeline.projection")) for name in third_party(path))
     if here not in ENGINE:
         assert not uses(path, "deepspeed", "torch.distributed")
     if here not in TRANSFORMERS:

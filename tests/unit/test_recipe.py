@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -117,7 +118,22 @@ def test_all_faults_stand_in_one_message(write) -> None:
             {"order": {"tasks": ["agnews"]}},
             'order.tasks[0]: no task "agnews"; there are counts, letters, lists, notes;',
         ),
-        ({"adapter": {"kind": 5}}, "adapter.kind: 5 is not one of 'lora'"),
+        ({"adapter": {"kind": 5}}, "adapter.kind: '5' is no kind of adapter; legal: lora, bottleneck, prompt, prefix"),
+        ({"adapter": {"kind": "promt"}}, "adapter.kind: 'promt' is no kind of adapter; did you mean \"prompt\"?"),
+        ({"adapter": {"kind": "prompt", "rank": 8}}, "adapter.rank: no such key; legal here: kind, length"),
+        ({"adapter": {"kind": "prompt"}}, "adapter.kind: prompt is one module through the stream, and inclora needs"),
+        ({"method": {"name": "pegp", "energy": 1.2}}, "method.energy: 1.2"),
+        ({"method": {"name": "pegp", "energy": 0}}, "method.energy: 0 is not greater than 0"),
+        ({"method": {"name": "pegp", "feature_samples": 0}}, "method.feature_samples: 0 is not greater than 0"),
+        ({"method": {"name": "pegp", "enrgy": 0.9}}, 'method.enrgy: no such key; did you mean "energy"?'),
+        (
+            {
+                "method": {"name": "pegp"},
+                "adapter": {"kind": "prefix"},
+                "engine": {"gradient_checkpointing": True},
+            },
+            "engine.gradient_checkpointing: true recomputes layers without the cache that holds the prefix",
+        ),
         ({"model": {"family": "t5", "path": ["x"] * 99}}, "model.path: ['x', 'x', "),
         ({"output": {"dir": ""}}, "output.dir: ''"),
         ({"model": {"family": "gpt", "path": "x"}}, "model.family: 'gpt' is not one of 't5' or 'llama2'"),
@@ -417,6 +433,7 @@ SAME = [
     "model.path=google-t5/t5-small",
     "data.path=${CL_BENCHMARK_DIR:-/}",
     "adapter.kind=lora",
+    "method=pegp method.feature_drift=true",
 ]
 OTHER = [
     "seed=1",
@@ -453,6 +470,20 @@ OTHER = [
     "data.add_task_name=false",
     "data.add_dataset_name=false",
     "data.tasks.mine={labels: [a, b], train: x, test: y}",
+    "method=olora method.lambda_1=1",
+    "method=olora method.lambda_2=1",
+    "method=pegp method.mode=literal",
+    "method=pegp method.project=gradient",
+    "method=pegp method.lora=shared",
+    "method=pegp method.energy=0.9",
+    "method=pegp method.energy_max=0.99",
+    "method=pegp method.feature_samples=8",
+    "method=pegp method.max_rank=4",
+    "method=pegp method.merge_beta=0.9",
+    "method=pegp method.prefix_values=freeze",
+    "method=pegp adapter=bottleneck",
+    "method=pegp adapter=bottleneck adapter.width=8",
+    "method=pegp adapter=prompt adapter.length=8",
 ]
 ONE_VALUE = {"model.quantization", "training.optimizer", "evaluation.decoding", "evaluation.unseen"} | {
     "evaluation.references"
@@ -464,16 +495,16 @@ def leaves() -> set[tuple[str, str]]:
     keys = set()
     for group, field in Recipe.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Group):
-            keys |= {(group, key) for key in kind.model_fields}
-        else:  # a method, of which all have a name, or the seed
-            keys.add((group, "name" if group == "method" else ""))
+        members = [kind, *get_args(kind)]  # of a union, such as the methods
+        groups = [member for member in members if isinstance(member, type) and issubclass(member, Group)]
+        keys |= {(group, key) for member in groups for key in member.model_fields} or {(group, "")}
     return keys
 
 
 def test_every_key_that_has_a_choice_is_known_to_influence_results_or_not() -> None:
     short = {"zero": "engine.zero", "method": "method.name", "order": "order.name"}
-    tried = {short.get(text.partition("=")[0], text.partition("=")[0]) for text in SAME + OTHER} | ONE_VALUE
+    keys = {(text.split(" ")[-1] if text.startswith("method=") else text).partition("=")[0] for text in SAME + OTHER}
+    tried = {short.get(key, key) for key in keys} | ONE_VALUE
     untried = {f"{group}.{key}".strip(".") for group, key in leaves()} - {".".join(key.split(".")[:2]) for key in tried}
     assert not untried
 
@@ -482,13 +513,14 @@ def test_every_key_that_has_a_choice_is_known_to_influence_results_or_not() -> N
 def test_what_does_not_influence_results_keeps_the_recipe_the_same(write, override: str) -> None:
     # the order is the benchmark's, so that its folder need not be there
     path = write(lambda raw: raw.update(order={"name": "order1"}))
-    assert Recipe.load(path, [override]).sha256 == Recipe.load(path).sha256
+    *before, _ = override.split()
+    assert Recipe.load(path, override.split()).sha256 == Recipe.load(path, before).sha256
 
 
 @pytest.mark.parametrize("override", OTHER)
 def test_what_influences_results_makes_another_recipe(write, override: str) -> None:
-    path = write()
-    assert Recipe.load(path, [override]).sha256 != Recipe.load(path).sha256
+    path, given = write(), override.split(" ") if override.startswith("method=") else [override]
+    assert Recipe.load(path, given).sha256 != Recipe.load(path, given[:-1]).sha256
 
 
 def test_per_task_settings_change_their_task_alone(write) -> None:

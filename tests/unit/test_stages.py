@@ -41,6 +41,7 @@ def publish(store, index=1, task="agnews", key=KEY, **changes):
         "method_name": "inclora",
         "method_tensors": {"basis": torch.eye(3)},
         "method_state": {"ranks": [1, 2], "energy": 0.95},
+        "method_influences": {"energy": 0.95},
         "info": {"recipe": {"seed": 1}, "versions": {"torch": torch.__version__}},
     }
     return store.publish(index, task, key, **content | changes)
@@ -117,8 +118,9 @@ def test_changing_what_was_loaded_leaves_the_stage_alone(tmp_path):
 
 def test_a_stage_knows_its_methods(tmp_path):
     stage = publish(StageStore(tmp_path))
-    assert stage.has_method("inclora")
-    assert not stage.has_method("seqlora")
+    assert stage.has_method("inclora", {"energy": 0.95})
+    assert not stage.has_method("inclora", {"energy": 0.9}), "equal training, another memory"
+    assert not stage.has_method("seqlora", {"energy": 0.95})
 
 
 def test_find_gives_only_the_stage_of_that_index_and_key(tmp_path):
@@ -269,8 +271,8 @@ def test_a_store_under_a_file_is_the_users_fault(tmp_path):
 def test_a_stage_is_adopted_from_a_sibling_run(tmp_path):
     theirs = publish(StageStore(tmp_path / "a"))
     mine = StageStore(tmp_path / "b")
-    adopted = mine.adopt(tmp_path / "a", 1, KEY, "inclora")
-    assert adopted == mine.find(1, KEY) == mine.adopt(tmp_path / "a", 1, KEY, "inclora")
+    adopted = mine.adopt(tmp_path / "a", 1, KEY, "inclora", {"energy": 0.95})
+    assert adopted == mine.find(1, KEY) == mine.adopt(tmp_path / "a", 1, KEY, "inclora", {"energy": 0.95})
     assert (adopted.path / FILES[0]).stat().st_ino == (theirs.path / FILES[0]).stat().st_ino
     expected = {name: raw(t) for name, t in theirs.load_trained().items()}
     shutil.rmtree(theirs.path)
@@ -285,7 +287,7 @@ def test_a_stage_is_adopted_across_file_systems(tmp_path):
     other = shared_memory / f"test-stages-{os.getpid()}"
     try:
         publish(StageStore(other))
-        adopted = StageStore(tmp_path / "b").adopt(other, 1, KEY, "inclora")
+        adopted = StageStore(tmp_path / "b").adopt(other, 1, KEY, "inclora", {"energy": 0.95})
         assert adopted == StageStore(tmp_path / "b").find(1, KEY)
         assert adopted.load_trained().keys() == {"encoder.q.A", "scale"}
     finally:
@@ -294,12 +296,13 @@ def test_a_stage_is_adopted_across_file_systems(tmp_path):
 
 def test_nothing_is_adopted_where_no_whole_stage_is(tmp_path):
     mine = StageStore(tmp_path / "b")
-    assert mine.adopt(tmp_path / "a", 1, KEY, "inclora") is None
+    assert mine.adopt(tmp_path / "a", 1, KEY, "inclora", {"energy": 0.95}) is None
     stage = publish(StageStore(tmp_path / "a"))
-    assert mine.adopt(tmp_path / "a", 2, KEY, "inclora") is None
-    assert mine.adopt(tmp_path / "a", 1, KEY, "seqlora") is None, "a stage without this method's memory does not serve"
+    assert mine.adopt(tmp_path / "a", 2, KEY, "inclora", {"energy": 0.95}) is None
+    assert mine.adopt(tmp_path / "a", 1, KEY, "seqlora", {}) is None, "a stage without this method's memory"
+    assert mine.adopt(tmp_path / "a", 1, KEY, "inclora", {"energy": 0.9}) is None, "nor with another memory of it"
     (stage.path / FILES[1]).write_bytes(b"damaged")
-    assert mine.adopt(tmp_path / "a", 1, KEY, "inclora") is None
+    assert mine.adopt(tmp_path / "a", 1, KEY, "inclora", {"energy": 0.95}) is None
     assert not mine.root.exists() or leftovers(mine.root) == []
 
 
@@ -319,7 +322,7 @@ store, key = StageStore(root), lambda i: stage_key(None, {"i": i})
 def publish(i):
     tensors = {"w": torch.full((100_000,), float(i))}
     store.publish(i, f"task {i}", key(i), trained=tensors, method_name="m", method_tensors=tensors,
-                  method_state={"i": i}, info={"i": i})
+                  method_state={"i": i}, method_influences={}, info={"i": i})
 
 def in_child(work):
     child = os.fork()

@@ -1,0 +1,95 @@
+"""What a rank does for PEGP: two tasks one after another, as the stream runs them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from random_backbones import PAD, random_examples
+from rank_cases import ROWS, SEED, TRAINING, Case
+from torch import Tensor
+
+from pipeline.adapter_kinds import adapter_kind
+from pipeline.context import Context
+from pipeline.engine import TaskEngine
+from pipeline.loop import plan_task, train_task
+from pipeline.methods import METHODS
+from pipeline.models import LabelLoss, load_backbone, merge, prepare_for_training, target_modules
+from pipeline.recipe import Batching, Pegp
+from pipeline.recipe_groups import BottleneckAdapter, LoraAdapter, PrefixAdapter, PromptAdapter
+from pipeline.runlog import RunLog
+from pipeline.stopping import StopRequest
+
+ADAPTERS = {
+    "lora": LoraAdapter(rank=3, alpha=6, dropout=0.0),
+    "shared": LoraAdapter(rank=3, alpha=6, dropout=0.0),
+    "bottleneck": BottleneckAdapter(kind="bottleneck", width=7),
+    "prompt": PromptAdapter(kind="prompt", length=3),
+    "prefix": PrefixAdapter(kind="prefix", length=3),
+}
+
+
+def settings(case: Case) -> Pegp:
+    """Few features and a low energy: widths of 15, 7 and 3 are full soon."""
+    lora = "shared" if case.adapter == "shared" else "per_task"
+    return Pegp(name="pegp", lora=lora, project=case.project, energy=0.7, feature_samples=13, feature_drift=True)
+
+
+def two_tasks(job: Any) -> dict[str, Any]:
+    """Train two tasks; what each trained, the bases between them, the leak that the method measured."""
+    case = job.case
+    plain = load_backbone(job.folder, case.family, dtype=torch.float32)
+    kind = adapter_kind(ADAPTERS[case.adapter], plain, case.family)
+    method = METHODS["pegp"](settings(case), kind, task_count=2)
+    result: dict[str, Any] = {}
+    for task in (1, 2):
+        tensors, losses = _learn(job, method, task)
+        method.load_trained(task, tensors)
+        result |= {f"trained_{task}": tensors, f"loss_{task}": losses}
+        if task == 1:
+            result["bases"] = method.memory.state_dict()[0]
+            result["leaders"] = dict(method.memory.state_dict()[1]["leaders"])
+    result["leaks"] = dict(method.leaks().get(2, {}))
+    result["drift"] = {r["space"]: r["share"] for r in method.records() if "drift_of" in r}
+    return result
+
+
+def _learn(job: Any, method: Any, task: int) -> tuple[dict[str, Tensor], float]:
+    case = job.case
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    model = load_backbone(job.folder, case.family, dtype=dtype)
+    targets = target_modules(model, case.family, None)
+    merge(model, job.folder, targets, method.frozen())
+    rows = [random_examples(ROWS, case.family, seed=seed) for seed in (1, 2)]
+    ctx = Context(
+        model,
+        ranks=job.ranks,
+        family=case.family,
+        pad_id=PAD,
+        targets=targets,
+        task_index=task,
+        examples=rows[task - 1],
+        micro_batch_size=TRAINING.micro_batch_size,
+        seed=SEED,
+        earlier=rows[: task - 1],
+    )
+    method.begin_task(ctx)
+    prepare_for_training(model, gradient_checkpointing=case.checkpointing)
+    engine = TaskEngine(LabelLoss(model, case.family), case.engine, TRAINING, job.ranks)
+    try:
+        ctx.started(engine)
+        method.engine_started(ctx)
+        summary = train_task(
+            ctx,
+            method,
+            plan_task(rows[task - 1], TRAINING, Batching(), seed=SEED, task_index=task),
+            TRAINING,
+            name=f"task {task}",
+            examples=rows[task - 1],
+            seed=SEED,
+            log=RunLog(None, console=False),
+            stop=StopRequest(),
+        )
+        return method.end_task(ctx), summary.last_loss
+    finally:
+        engine.close()
