@@ -74,7 +74,8 @@ class AdapterMethod(Method[Settings]):
 
     def load_trained(self, task_index: int, tensors: Mapping[str, Tensor]) -> None:
         """Add the task's adapter to the past, or take the one adapter as it stands after the task."""
-        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".scale")}
+        # Sorted, since a file may give them in another order than training did.
+        kept = {name: tensors[name] for name in sorted(tensors) if not name.endswith(".scale")}
         self._past = [*self._past, kept] if self.per_task else [kept]
 
     def frozen(self) -> Mapping[str, Sequence[Factors]]:

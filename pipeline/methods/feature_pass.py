@@ -48,7 +48,7 @@ def measure(
         return sums
     layer = {bad[0]: shapes[bad[0]]}
     guilty = [row for row in rows if not _finite(_summed(ctx, attached, layer, [row], task_index)[bad[0]])]
-    raise FeaturesNotFinite(bad[0], guilty)
+    raise FeaturesNotFinite(bad[0], guilty or list(rows))  # each row may be finite where their sum is not
 
 
 def _summed(

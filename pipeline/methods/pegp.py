@@ -119,8 +119,8 @@ class ProjectedByFeatures(AdapterMethod[Pegp]):
                 if name.endswith(".A"):  # h = A x, so its second moment is A C A^T
                     layer = name.removesuffix(".A")
                     C = moments[self.memory.leader(layer)]
-                    A = tensor.value.to(C)
-                    moments[self.kind.space_of(f"{layer}.B")] = A @ C @ A.mT
+                    A = tensor.value.to(C.device).double()
+                    moments[self.kind.space_of(f"{layer}.B")] = A @ C.double() @ A.mT
         return by_head(moments)
 
     def _grow(

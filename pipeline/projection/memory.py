@@ -58,7 +58,7 @@ class SubspaceMemory:
         return sum(space.bytes for space in self._spaces.values())
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The bases, and who shares whose; an empty basis is kept as its width, since no file holds 0 elements."""
+        """The bases, and who shares whose; an empty basis is kept as its width."""
         tensors = {name: space.basis.cpu() for name, space in self._spaces.items() if space.rank}
         empty = {name: space.width for name, space in self._spaces.items() if not space.rank}
         return tensors, {"leaders": dict(self._leaders), "order": list(self._spaces), "empty": empty}

@@ -111,9 +111,14 @@ def projector(start: Tensor, space: Subspace) -> Projector | None:
 
 
 def padded_bases(spaces: Sequence[Subspace]) -> Tensor:  # [m, d, largest k]
-    """The bases of spaces of one width side by side; columns of zeros project nothing."""
+    """The bases of spaces of one width side by side; columns of zeros project nothing.
+
+    A full space stands as the identity, which leaves exactly nothing outside: a rounded basis leaves 1e-7, all of it
+    inside, and Adam would make steps of full size of that.
+    """
     most = max(space.rank for space in spaces)
-    return torch.stack([torch.nn.functional.pad(space.basis, (0, most - space.rank)) for space in spaces])
+    bases = [space.basis if space.free else torch.eye(space.width).to(space.basis) for space in spaces]
+    return torch.stack([torch.nn.functional.pad(basis, (0, most - basis.shape[1])) for basis in bases])
 
 
 def projector_by_head(start: Tensor, spaces: Sequence[Subspace]) -> Projector | None:
@@ -121,13 +126,7 @@ def projector_by_head(start: Tensor, spaces: Sequence[Subspace]) -> Projector | 
     assert len(start) == len(spaces), (start.shape, len(spaces))
     if not any(space.rank for space in spaces):
         return None
-    # All of a full head is protected. The identity spans the same and leaves exactly nothing, where a float32 basis
-    # leaves rounding, all of it inside.
-    return Residual(start, padded_bases([space if space.free else _whole(space.width) for space in spaces]))
-
-
-def _whole(width: int) -> Subspace:
-    return Subspace(torch.eye(width))
+    return Residual(start, padded_bases(spaces))
 
 
 def start_outside(start: Tensor, space: Subspace) -> Tensor:
@@ -140,9 +139,10 @@ def start_outside(start: Tensor, space: Subspace) -> Tensor:
     if space.rank == 0:
         return start
     N = torch.linalg.qr(space.basis.double(), mode="complete").Q[:, space.rank :]
-    inside_free = (start.double() @ N) @ N.mT
-    norms = inside_free.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
-    return (inside_free * (start.double().norm(dim=1) / norms)[:, None]).float()
+    outside = (start.double() @ N) @ N.mT
+    norms = outside.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+    moved: Tensor = (outside * (start.double().norm(dim=1) / norms)[:, None]).float()
+    return moved
 
 
 def leak(change: Tensor, space: Subspace) -> float:

@@ -63,7 +63,7 @@ class Subspace:
 
     def complement(self) -> Tensor:  # [d, d - k]
         """An orthonormal basis N of all that is outside, float32."""
-        full = torch.linalg.qr(self.basis.double(), mode="complete").Q
+        full: Tensor = torch.linalg.qr(self.basis.double(), mode="complete").Q
         return full[:, self.rank :].float().contiguous()
 
     def share(self, C: Tensor) -> float:
@@ -106,15 +106,16 @@ class Subspace:
         total = float(C.trace())
         if total <= 0:
             return self
-        Q = torch.linalg.qr(self.basis.to(C)).Q  # float32 rounding of the columns' norms would be read as energy
+        if not self.free:
+            return self
+        whole = torch.linalg.qr(self.basis.to(C), mode="complete").Q  # exactly orthonormal, unlike float32's Q
+        Q, N = whole[:, : self.rank], whole[:, self.rank :]
         largest = float(torch.linalg.eigvalsh(Q.mT @ C @ Q)[-1]) if self.rank else 0.0
         if merge_beta is not None and self.rank:
             C = _without_known(C, Q, merge_beta)
-        CQ = C @ Q
-        inside = Q.mT @ CQ  # [k, k]
-        values, vectors = torch.linalg.eigh(C - Q @ CQ.mT - CQ @ Q.mT + Q @ inside @ Q.mT)
-        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-        captured = total - float(C.trace()) + float(inside.trace())  # tr C - tr C', known energy included
+        values, vectors = torch.linalg.eigh(N.mT @ C @ N)  # C' in the coordinates of the complement
+        values, vectors = values.flip(0).clamp(min=0), N @ vectors.flip(1)
+        captured = total - float(values.sum())  # tr C - tr C', known energy included
         reached = (captured + torch.cat([values.new_zeros(1), values.cumsum(0)])) / total
         wanted = int((reached < energy * (1 - SAME_SHARE)).sum())  # they rise: the first that suffices comes after
         real = int((values > SMALLEST_EIGENVALUE * max(largest, float(values[0]))).sum())
@@ -154,4 +155,5 @@ def _without_known(C: Tensor, Q: Tensor, beta: float) -> Tensor:
     values, vectors = torch.linalg.eigh(C)
     known = (Q.mT @ vectors).norm(dim=0) > beta
     chosen = vectors[:, known]
-    return C - (chosen * values[known]) @ chosen.mT
+    without: Tensor = C - (chosen * values[known]) @ chosen.mT
+    return without

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from plain_reference import Float64
@@ -14,6 +16,8 @@ from pipeline.recipe import Training
 class PlainEngine:
     """Accumulates micro-batches as DeepSpeed does: each loss is divided by their number."""
 
+    forwards_together = False
+
     def __init__(self, module: nn.Module, training: Training, *, accumulation: int) -> None:
         self.module = module
         self.micro_batches_per_step = accumulation
@@ -24,11 +28,14 @@ class PlainEngine:
         self.gradient_norm = float("nan")
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        with Float64():
+        with self._precision():
             return self.module(**batch)
 
+    def _precision(self) -> AbstractContextManager[Any]:
+        return Float64() if self._trained[0].dtype == torch.float64 else nullcontext()
+
     def backward(self, loss: Tensor) -> None:
-        with Float64():
+        with self._precision():
             (loss / self.micro_batches_per_step).backward()
 
     def step(self, learning_rate: float) -> None:

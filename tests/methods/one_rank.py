@@ -1,0 +1,110 @@
+"""A stream of tasks on random backbones, as the pipeline runs it, in one process without DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from plain_engine import PlainEngine
+from random_backbones import PAD, random_examples
+from torch import Tensor, nn
+
+from data_prep.batches import Example
+from pipeline.adapter_kinds import adapter_kind
+from pipeline.context import Context
+from pipeline.engine import Ranks
+from pipeline.loop import plan_task, train_task
+from pipeline.methods import METHODS
+from pipeline.models import LabelLoss, load_backbone, merge, target_modules
+from pipeline.recipe import Batching, IncLora, LoraAdapter, OLora, Pegp, SeqLora, Training
+from pipeline.runlog import RunLog
+from pipeline.stopping import StopRequest
+
+SETTINGS = {"seqlora": SeqLora, "inclora": IncLora, "olora": OLora, "pegp": Pegp}
+TRAINING = Training(
+    epochs=2, learning_rate=3e-2, global_batch_size=4, micro_batch_size=2, weight_decay=0.1, gradient_clipping=1.0
+)
+LORA = LoraAdapter(rank=3, alpha=6, dropout=0.0, target_modules="all_linear")
+ROWS = 8
+
+
+def new_method(folder: Path, family: str, name: str, adapter: Any = LORA, *, tasks: int = 3, **settings: Any) -> Any:
+    model = load_backbone(folder, family, dtype=torch.float32)
+    return METHODS[name](SETTINGS[name](name=name, **settings), adapter_kind(adapter, model, family), task_count=tasks)
+
+
+def rows_of(task: int, family: str) -> list[Example]:
+    return random_examples(ROWS, family, seed=task)
+
+
+def context(
+    folder: Path, family: str, method: Any, task: int, rows: Sequence[Sequence[Example]] | None = None
+) -> Context:
+    """The task's context, the past merged; `rows`: of every task up to this one."""
+    model = load_backbone(folder, family, dtype=torch.float32)
+    rows = rows or [rows_of(index, family) for index in range(1, task + 1)]
+    targets = target_modules(model, family, "all_linear")
+    merge(model, folder, targets, method.frozen())
+    return Context(
+        model,
+        ranks=Alone(0, 1, torch.device("cpu")),
+        family=family,
+        pad_id=PAD,
+        targets=targets,
+        task_index=task,
+        examples=rows[task - 1],
+        micro_batch_size=TRAINING.micro_batch_size,
+        seed=7,
+        earlier=rows[: task - 1],
+    )
+
+
+class Alone(Ranks):
+    """The only rank: what it would tell others it keeps."""
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().clone()
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().clone()
+
+    def on_first(self, action: Any) -> Any:
+        return action()
+
+    def together(self, action: Any) -> Any:
+        return action()
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def learn(
+    folder: Path, family: str, method: Any, task: int, *, training: Training = TRAINING, rows: Any = None
+) -> dict[str, Tensor]:
+    """One task from its start to its end; the method has taken what it trained."""
+    ctx = context(folder, family, method, task, rows)
+    method.begin_task(ctx)
+    ctx.model.train()
+    if any(parameter.requires_grad for parameter in ctx.model.parameters()):
+        accumulation = training.global_batch_size // training.micro_batch_size
+        ctx.started(PlainEngine(LabelLoss(ctx.model, family), training, accumulation=accumulation))
+        train_task(
+            ctx,
+            method,
+            plan_task(ctx._examples, training, Batching(), seed=7, task_index=task),
+            training,
+            name=f"task {task}",
+            examples=ctx._examples,
+            seed=7,
+            log=RunLog(None, console=False),
+            stop=StopRequest(),
+        )
+    tensors: dict[str, Tensor] = method.end_task(ctx)
+    method.load_trained(task, tensors)
+    return tensors
+
+
+def tensors_of(method: Any) -> dict[str, nn.Parameter]:
+    return dict(method._attached.parameters)
