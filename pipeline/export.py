@@ -21,7 +21,7 @@ from data_prep.errors import UserError
 from data_prep.files import TEMPORARY
 from data_prep.orders import near_name
 from pipeline.adapters.lora import Factors, from_tensors
-from pipeline.recipe import SYNTHETIC, Pegp, Recipe
+from pipeline.recipe import SYNTHETIC, Recipe
 from pipeline.stage_files import MANIFEST, DamagedStageError, verified_manifest
 from pipeline.stages import Stage
 
@@ -88,7 +88,7 @@ def export(wanted: Export) -> tuple[Path, str]:
 
 def trains_one_lora(recipe: Recipe) -> bool:
     """Whether the run's method trains one LoRA through the stream, and not one per task."""
-    return recipe.method.name == "seqlora" or (isinstance(recipe.method, Pegp) and recipe.method.lora == "shared")
+    return not recipe.method.new_lora_each_task
 
 
 def _recipe(run_dir: Path) -> Recipe:

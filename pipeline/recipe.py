@@ -17,6 +17,7 @@ from pipeline.recipe_faults import fault_lines, render_faults
 from pipeline.recipe_groups import (
     SYNTHETIC,
     Adapter,
+    AdapterTraining,
     Batching,
     CustomTask,
     Data,
@@ -42,6 +43,7 @@ from pipeline.recipe_source import ROOT, apply_override, changed_keys, find_reci
 __all__ = [
     "SYNTHETIC",
     "Adapter",
+    "AdapterTraining",
     "Batching",
     "CustomTask",
     "Data",

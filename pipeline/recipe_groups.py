@@ -97,27 +97,46 @@ class Order(Group):
         return self
 
 
-class SeqLora(Group):
+class AdapterTraining(Group):
+    """A method that trains an adapter."""
+
+    @property
+    def new_lora_each_task(self) -> bool:
+        """Whether a LoRA is one task's, and not one through the stream; other adapters always are the latter."""
+        return False
+
+
+class SeqLora(AdapterTraining):
     """One adapter of any kind through the stream, no reset."""
 
     name: Literal["seqlora"]
 
 
-class IncLora(Group):
+class IncLora(AdapterTraining):
     """A new LoRA for each task, the past frozen and active, no constraint."""
 
     name: Literal["inclora"]
 
+    @property
+    def new_lora_each_task(self) -> bool:
+        """Always."""
+        return True
 
-class OLora(Group):
+
+class OLora(AdapterTraining):
     """`inclora` with a penalty on the overlap of a new A with the old ones."""
 
     name: Literal["olora"]
     lambda_1: Weight = 0.5  # of the sum of |A_old A_new^T|
     lambda_2: Weight = 0.0  # of the sum of the new factors' norms
 
+    @property
+    def new_lora_each_task(self) -> bool:
+        """Always."""
+        return True
 
-class Pegp(Group):
+
+class Pegp(AdapterTraining):
     """Updates orthogonal to the features of old tasks (methods.md section 2)."""
 
     name: Literal["pegp"]
@@ -131,6 +150,11 @@ class Pegp(Group):
     merge_beta: Annotated[float, Field(ge=0, lt=1)] | None = None
     prefix_values: Literal["free", "project", "freeze"] = "project"
     feature_drift: bool = False  # after each task, run the old tasks' samples again: where are their features now?
+
+    @property
+    def new_lora_each_task(self) -> bool:
+        """Unless it is shared."""
+        return self.lora == "per_task"
 
     @model_validator(mode="before")
     @classmethod

@@ -110,6 +110,7 @@ class Stream:
         self.method.load_state_dict(method_tensors, method_values)
         self.method.load_trained(task.index, tensors)
         self._note_leaks()
+        self.ranks.on_first(self._write_facts)
         return True
 
     def _read_stage(self, task: StreamTask, key: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Any] | None:

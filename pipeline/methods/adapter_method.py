@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from pipeline.adapters.base import AdapterKind, Attached, Trained
 from pipeline.adapters.lora import Factors, LoraKind, to_tensors
-from pipeline.methods.base import Method, Settings, TaskContext
+from pipeline.methods.base import Method, TaskContext
+from pipeline.recipe import AdapterTraining
+
+Settings = TypeVar("Settings", bound=AdapterTraining)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class AdapterMethod(Method[Settings]):
 
     def __init__(self, settings: Settings, kind: AdapterKind, *, task_count: int) -> None:
         super().__init__(settings, kind, task_count=task_count)
+        self.per_task = kind.name == "lora" and settings.new_lora_each_task
         self._past: list[Mapping[str, Tensor]] = []  # finished tasks' tensors; of one adapter, its state alone
 
     def trained(self, ctx: TaskContext, starts: Mapping[str, Tensor]) -> dict[str, Trained]:

@@ -78,8 +78,6 @@ class Method(Generic[Settings]):
     `after_step`, then `end_task`, and `begin_evaluation` before each task that is scored.
     """
 
-    per_task: bool  # a new adapter for each task, or one through the stream
-
     def __init__(self, settings: Settings, kind: AdapterKind, *, task_count: int) -> None:
         self.settings = settings
         self.kind = kind

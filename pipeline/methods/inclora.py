@@ -8,5 +8,3 @@ from pipeline.recipe import IncLora
 
 class IncrementalLora(AdapterMethod[IncLora]):
     """A new LoRA for each task; the earlier ones are frozen, active and merged."""
-
-    per_task = True

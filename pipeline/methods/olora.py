@@ -17,8 +17,6 @@ from pipeline.recipe import OLora
 class OrthogonalLora(AdapterMethod[OLora]):
     """A new LoRA for each task, loss + lambda_1 sum |A_old A_new^T| + lambda_2 sum ||p||_2 over new factors."""
 
-    per_task = True
-
     def __init__(self, settings: OLora, kind: AdapterKind, *, task_count: int) -> None:
         super().__init__(settings, kind, task_count=task_count)
         self._old: list[tuple[list[str], Tensor]] = []  # layers of one width, their stacked old A [M, R, d]

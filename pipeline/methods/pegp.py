@@ -29,7 +29,6 @@ class ProjectedByFeatures(AdapterMethod[Pegp]):
 
     def __init__(self, settings: Pegp, kind: AdapterKind, *, task_count: int) -> None:
         super().__init__(settings, kind, task_count=task_count)
-        self.per_task = kind.name == "lora" and settings.lora == "per_task"
         self.memory = SubspaceMemory()
         self._samples: list[list[int]] = []  # by task: the training rows that its features came from
         self._ranks: list[dict[str, int]] = []  # by task: k of each space when it ended

@@ -8,5 +8,3 @@ from pipeline.recipe import SeqLora
 
 class SequentialAdapter(AdapterMethod[SeqLora]):
     """One LoRA, bottleneck, prompt or prefix through the stream: each task starts where the last one ended."""
-
-    per_task = False

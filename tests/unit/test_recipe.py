@@ -18,7 +18,7 @@ from pipeline.recipe_paths import expand_path
 from pipeline.recipe_source import ROOT, apply_override, changed_keys, split_override
 from pipeline.recipe_yaml import parse_yaml
 
-SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
 MINIMAL = {
     "model": {"family": "t5", "path": "synthetic"},
     "data": {"path": "synthetic"},

@@ -1,0 +1,128 @@
+"""Two ways of doing the same work, timed in turns: ratios, their interval, a verdict, a table, a JSON file."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+ROOT = Path(__file__).resolve().parent.parent
+RESAMPLES = 4000
+Work = Callable[[int], object]  # given the number of the pair, so that both do the same
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of two times, with a bootstrap 95 % interval of its median."""
+
+    name: str
+    pairs: int
+    first_ms: float  # medians
+    second_ms: float
+    ratio: float  # the median of the pairs' ratios, processor time
+    low: float
+    high: float
+    wall_ratio: float  # the same of the time on the clock, which other programs stretch
+    wall_low: float
+    wall_high: float
+    goal: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Met or missed where the whole interval is; inconclusive where it spans the goal."""
+        if self.goal is None:
+            return "no goal"
+        return "met" if self.high <= self.goal else "missed" if self.low > self.goal else "inconclusive"
+
+
+def compare(
+    name: str,
+    first: Work,
+    second: Work,
+    *,
+    pairs: int,
+    goal: float | None = None,
+    scale: float = 1.0,
+    prepare: Callable[[], None] | None = None,
+    warm_up: int = 3,
+) -> Ratio:
+    """Time `first` against `second` in pairs, A B and B A by turns; `scale` multiplies every ratio.
+
+    In processor time of this process: on one thread that is what the work takes, without what other programs take
+    of the machine meanwhile. `prepare` runs untimed before each pair.
+    """
+    times = np.empty((pairs, 2, 2))  # by pair, side, clock
+    works = (first, second)
+    for index in range(-warm_up, pairs):
+        if prepare is not None:
+            prepare()
+        gc.collect()
+        gc.disable()
+        try:
+            for side in (0, 1) if index % 2 else (1, 0):
+                start = time.process_time(), time.perf_counter()
+                works[side](index)
+                end = time.process_time(), time.perf_counter()
+                if index >= 0:
+                    times[index, side] = end[0] - start[0], end[1] - start[1]
+        finally:
+            gc.enable()
+    ratios = scale * times[:, 0] / times[:, 1]
+    low, high = interval(ratios[:, 0])
+    wall_low, wall_high = interval(ratios[:, 1])
+    ratio, wall_ratio = np.median(ratios, axis=0)
+    first_ms, second_ms = 1e3 * np.median(times[:, :, 0], axis=0)
+    found = (first_ms, second_ms, ratio, low, high, wall_ratio, wall_low, wall_high)
+    return Ratio(name, pairs, *map(float, found), goal=goal)
+
+
+def interval(values: Numbers) -> tuple[float, float]:
+    """The bootstrap 95 % interval of the median of `values` (Efron's percentiles)."""
+    chosen = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(values[chosen], axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def table(ratios: Iterable[Ratio]) -> str:
+    """The ratios as plain text."""
+    lines = [
+        f"{'first / second':66} {'pairs':>5} {'ms':>8} {'ms':>8} {'ratio':>6} {'95 %':>14} {'wall':>6} {'goal':>5} verdict"
+    ]
+    for found in ratios:
+        goal = "" if found.goal is None else f"{found.goal:.2f}"
+        lines.append(
+            f"{found.name:66} {found.pairs:5} {found.first_ms:8.2f} {found.second_ms:8.2f} {found.ratio:6.3f} "
+            f"{f'{found.low:.3f} {found.high:.3f}':>14} {found.wall_ratio:6.3f} {goal:>5} {found.verdict}"
+        )
+    return "\n".join(lines)
+
+
+def write_json(path: Path, ratios: Iterable[Ratio], stated: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """What was measured, where, and on which version of the code."""
+    content = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "pipeline", "benchmarks", "data_prep")),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "arguments": dict(arguments),
+        "ratios": [asdict(found) | {"verdict": found.verdict} for found in ratios],
+        "stated": dict(stated),
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _git(*words: str) -> str | None:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
