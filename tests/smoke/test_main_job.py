@@ -46,7 +46,10 @@ def test_two_ranks_give_the_results_of_one(reference: Path, tmp_path: Path, zero
     overrides = small(f"output.dir={tmp_path / 'run'}", f"zero={zero}")
     done = run(launch(2, "recipes/tiny_t5_order1.yaml", *overrides))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert results(tmp_path / "run") == results(reference)
+    two, one = results(tmp_path / "run"), results(reference)
+    for result in (two, one):
+        assert 0 < result.pop("leak")["max"] <= 1e-5  # itself the size of rounding
+    assert two == one
     one, two = (
         [event["loss"] for event in events(folder) if event["event"] == "step"]
         for folder in (reference, tmp_path / "run")
