@@ -48,10 +48,11 @@ class Guard:
         Linear, so it commutes with accumulation, loss scaling and averaging over ranks; what Adam makes of the
         projected gradient leaves the space again.
         """
-        basis = self.spaces[0].basis if parameter.dim() == 2 else padded_bases(self.spaces)
+        Q = self.spaces[0].basis if parameter.dim() == 2 else padded_bases(self.spaces)
 
         def outside(gradient: Tensor) -> Tensor:
-            Q = basis.to(gradient)
+            nonlocal Q
+            Q = Q.to(gradient)  # moves in the first step
             return gradient - (gradient @ Q) @ Q.mT
 
         parameter.register_hook(outside)

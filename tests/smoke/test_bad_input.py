@@ -30,8 +30,22 @@ def refused(done, *words: str) -> None:
         (["adapter.target_modules=[query]"], ["adapter.target_modules", "'query'", "all_linear"]),
         (["data.max_source_tokens=3"], ["data.max_source_tokens", "raise it"]),
         (["training.warmup_steps=500"], ["training.warmup_steps", "500", "120 steps in all"]),
+        (["method.energy=1.2", "method.feature_samples=0"], ["2 problems", "method.energy: 1.2", "feature_samples: 0"]),
+        (["method.max_rank=65"], ["method.max_rank: 65 directions", "has 64; legal are 1 to 64"]),
+        (["method=inclora", "adapter=prompt"], ["adapter.kind: prompt", "method=seqlora"]),
     ],
-    ids=["typos", "unknown task", "missing data", "missing model", "unknown module", "too short", "long warm-up"],
+    ids=[
+        "typos",
+        "unknown task",
+        "missing data",
+        "missing model",
+        "unknown module",
+        "too short",
+        "long warm-up",
+        "no share",
+        "rank above width",
+        "one module a task",
+    ],
 )
 def test_a_wrong_key_is_told_and_nothing_written(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
     folder = tmp_path / "run"
