@@ -83,8 +83,19 @@ def compare(
     wall_low, wall_high = interval(ratios[:, 1])
     ratio, wall_ratio = np.median(ratios, axis=0)
     first_ms, second_ms = 1e3 * np.median(times[:, :, 0], axis=0)
-    found = (first_ms, second_ms, ratio, low, high, wall_ratio, wall_low, wall_high)
-    return Ratio(name, pairs, *map(float, found), goal=goal)
+    return Ratio(
+        name,
+        pairs,
+        first_ms=float(first_ms),
+        second_ms=float(second_ms),
+        ratio=float(ratio),
+        low=low,
+        high=high,
+        wall_ratio=float(wall_ratio),
+        wall_low=wall_low,
+        wall_high=wall_high,
+        goal=goal,
+    )
 
 
 def interval(values: Numbers) -> tuple[float, float]:
@@ -96,9 +107,8 @@ def interval(values: Numbers) -> tuple[float, float]:
 
 def table(ratios: Iterable[Ratio]) -> str:
     """The ratios as plain text."""
-    lines = [
-        f"{'first / second':66} {'pairs':>5} {'ms':>8} {'ms':>8} {'ratio':>6} {'95 %':>14} {'wall':>6} {'goal':>5} verdict"
-    ]
+    heads = f"{'pairs':>5} {'ms':>8} {'ms':>8} {'ratio':>6} {'95 %':>14} {'wall':>6} {'goal':>5} verdict"
+    lines = [f"{'first / second':66} {heads}"]
     for found in ratios:
         goal = "" if found.goal is None else f"{found.goal:.2f}"
         lines.append(

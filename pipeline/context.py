@@ -46,6 +46,7 @@ class Context:
         self._seed = seed
         self._earlier = earlier  # training rows of the finished tasks, for measurements alone
         self._masks: list[Tensor] = []
+        self._positions: dict[int, Tensor] = {}  # what `real_positions` has found for the batch being run
         self._engine: TaskEngine | None = None
 
     def started(self, engine: TaskEngine) -> None:
@@ -97,7 +98,7 @@ class Context:
                     (loss / label_tokens).backward()
                 total += loss.item()
         if self._engine is not None and self._engine.forwards_together:
-            self._masks = []
+            self._masks, self._positions = [], {}
             shares = [len(batches[rank :: self.ranks.world]) for rank in range(self.ranks.world)]
             for _ in range(max(shares) - shares[self.ranks.rank]):
                 self._engine.idle_forward(self.collate([-1] * size))
@@ -120,9 +121,11 @@ class Context:
         """
         if not self._masks:
             return torch.empty(0, dtype=torch.long, device=self.ranks.device)
-        found = [mask for mask in self._masks if mask.shape[1] == width]
-        assert len(found) == 1, f"{width} positions: the batch has {[tuple(mask.shape) for mask in self._masks]}"
-        return found[0].flatten().nonzero().squeeze(1)
+        if width not in self._positions:  # many layers ask
+            found = [mask for mask in self._masks if mask.shape[1] == width]
+            assert len(found) == 1, f"{width} positions: the batch has {[tuple(mask.shape) for mask in self._masks]}"
+            self._positions[width] = found[0].flatten().nonzero().squeeze(1)
+        return self._positions[width]
 
     def _seen(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """A batch for hooks to see: its masks are known, and told apart by their widths."""
@@ -130,7 +133,7 @@ class Context:
         if self._family == "t5" and batch["labels"].shape[1] == batch["input_ids"].shape[1]:
             batch["labels"] = torch.nn.functional.pad(batch["labels"], (0, 1), value=IGNORED)
         batch = {name: tensor.to(self.ranks.device) for name, tensor in batch.items()}
-        self._masks = [batch["attention_mask"] > 0]
+        self._masks, self._positions = [batch["attention_mask"] > 0], {}
         if self._family == "t5":
             self._masks.append(batch["labels"] != IGNORED)  # the decoder reads one token before each it predicts
         return batch

@@ -163,11 +163,16 @@ class TaskEngine:
             eps=training.adam_eps,
             weight_decay=training.weight_decay,
         )
+        config = deepspeed_config(settings, training, ranks.world)
+        if settings.zero == 3:  # penalties and end-of-task work read trained tensors outside their modules' forwards
+            zero = config["zero_optimization"]
+            key = "stage3_param_persistence_threshold"
+            zero[key] = max(int(zero.get(key, 0)), 1 + max(parameter.numel() for parameter in trained))
         foreign_hooks = hook_ids(model)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
-            config=deepspeed_config(settings, training, ranks.world),
+            config=config,
         )
         self._own_hooks = hook_ids(model) - foreign_hooks
 

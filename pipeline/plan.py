@@ -29,7 +29,7 @@ def format_plan(recipe: Recipe, *, world: int) -> str:
     lines += [
         "",
         f"backbone: {frozen:,} frozen parameters; {workload.kind.name}, "
-        f"{trained:,} trainable parameters per task ({100 * trained / frozen:.2f} %)",
+        f"{trained:,} trainable parameters per task at most ({100 * trained / frozen:.2f} %)",
         f"memory per rank, estimated, with {world} rank(s), zero {recipe.engine.zero}, {recipe.engine.precision}:",
         *(f"  {name:<42}{size / GIB:8.2f} GiB" for name, size in parts.items()),
         f"  {'together, while training':<42}{sum(parts.values()) / GIB:8.2f} GiB",

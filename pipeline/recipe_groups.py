@@ -14,8 +14,26 @@ SYNTHETIC = "synthetic"  # the reserved path of tasks and backbones that are mad
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Energy = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _share(value: float) -> float:
+    if not 0 < value <= 1:
+        raise ValueError(f"{value} is not in (0, 1]")
+    return value
+
+
+def _rank(value: int | float) -> int | float:
+    if value <= 0 or (isinstance(value, float) and value >= 1):
+        raise ValueError(f"{value} is neither a number of directions (1, 2, ...) nor a share of the width in (0, 1)")
+    return value
+
+
+def _word_off(value: object) -> object:
+    return "off" if value is False else value  # YAML reads a bare `off` as false
+
+
+Energy = Annotated[float, AfterValidator(_share)]
 
 
 class Group(BaseModel):
@@ -141,15 +159,24 @@ class Pegp(AdapterTraining):
 
     name: Literal["pegp"]
     mode: Literal["corrected", "literal"] = "corrected"  # literal: gradients alone, one LoRA for all tasks
-    project: Literal["exact", "gradient", "off"] = "exact"
+    project: Annotated[Literal["exact", "gradient", "off"], BeforeValidator(_word_off)] = "exact"
     lora: Literal["per_task", "shared"] = "per_task"
     energy: Energy = 0.95
     energy_max: Energy | None = None  # the energy rises towards it, task by task; null: it is constant
     feature_samples: Positive = 256
-    max_rank: Positive | Annotated[float, Field(gt=0, lt=1)] | None = None  # directions, or a share of the width
+    max_rank: Annotated[int | float, AfterValidator(_rank)] | None = None  # directions, or a share of the width
     merge_beta: Annotated[float, Field(ge=0, lt=1)] | None = None
     prefix_values: Literal["free", "project", "freeze"] = "project"
     feature_drift: bool = False  # after each task, run the old tasks' samples again: where are their features now?
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if self.energy_max is not None and self.energy_max < self.energy:
+            raise ValueError(
+                f"energy_max {self.energy_max} is below energy {self.energy}; the energy rises towards it: choose "
+                "a greater one, or null"
+            )
+        return self
 
     @property
     def new_lora_each_task(self) -> bool:

@@ -178,9 +178,10 @@ class Stream:
         try:
             return self.method.end_task(ctx)
         except FeaturesNotFinite as error:
-            rows = [task.train[row].row_id for row in error.rows]
+            source = task if error.task_index is None else self.workload.tasks[error.task_index - 1]
+            rows = [source.train[row].row_id for row in error.rows]
             raise UserError(
-                f"task {task.name}: the features that {error.layer} reads are not finite in training rows "
+                f"task {task.name}: the features that {error.layer} reads are not finite in {source.name}'s rows "
                 f"{', '.join(map(str, rows[:10]))}{' and more' if len(rows) > 10 else ''}; nothing of this task was "
                 f"saved. Try a lower training.learning_rate (now {task.training.learning_rate:g}), or precision fp32"
             ) from error
@@ -214,7 +215,9 @@ class Stream:
         recipe = self.recipe
         prepare_for_training(ctx.model, gradient_checkpointing=recipe.engine.gradient_checkpointing)
         trained = [parameter for parameter in ctx.model.parameters() if parameter.requires_grad]
-        self.facts["trainable_parameters"] = sum(parameter.numel() for parameter in trained)
+        count = sum(parameter.numel() for parameter in trained)
+        # The most of any task: the complement form and closed layers train less.
+        self.facts["trainable_parameters"] = max(count, self.facts.get("trainable_parameters") or 0)
         if not trained:
             return None
         if recipe.engine.zero == 3:

@@ -112,5 +112,5 @@ class AdapterMethod(Method[Settings]):
             attached.detach()
 
     def influences(self, task_index: int) -> dict[str, Any]:
-        """Nothing for the first task: every method trains the same adapter alike, and may share its stage."""
+        """Nothing for the first task, where nothing is past: runs that differ in later tasks alone share its stage."""
         return {} if task_index == 1 else super().influences(task_index)

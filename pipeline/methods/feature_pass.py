@@ -48,7 +48,7 @@ def measure(
         return sums
     layer = {bad[0]: shapes[bad[0]]}
     guilty = [row for row in rows if not _finite(_summed(ctx, attached, layer, [row], task_index)[bad[0]])]
-    raise FeaturesNotFinite(bad[0], guilty or list(rows))  # each row may be finite where their sum is not
+    raise FeaturesNotFinite(bad[0], guilty or list(rows), task_index)  # each row may be finite where their sum is not
 
 
 def _summed(
@@ -57,7 +57,8 @@ def _summed(
     moments = SecondMoments(shapes)
 
     def see(space: str, x: Tensor) -> None:
-        moments.add(space, x, ctx.real_positions(x.shape[1]))
+        if space in shapes:  # the others read what a leader reads
+            moments.add(space, x, ctx.real_positions(x.shape[1]))
 
     with attached.observe(see):
         ctx.run_rows(rows, backward=False, task_index=task_index)

@@ -56,9 +56,15 @@ class OrthogonalLora(AdapterMethod[OLora]):
         self._old = []
         return super().end_task(ctx)
 
+    def influences(self, task_index: int) -> dict[str, Any]:
+        """The norms' weight acts from the first task on."""
+        if task_index == 1 and self.settings.lambda_2:
+            return {"lambda_2": self.settings.lambda_2}
+        return super().influences(task_index)
+
     def records(self) -> list[dict[str, Any]]:
         """The overlap in the task's last step: its raw size depends on rank, width and layers, so per entry too."""
-        if not self._entries:
+        if not self._entries or not self.settings.lambda_1:
             return []
         overlap = float(self._overlap)
         return [{"penalty": "sum |A_old A_new^T|", "sum": overlap, "per_entry": overlap / self._entries}]

@@ -15,6 +15,7 @@ from pipeline.adapters.base import AdapterKind, Trained
 from pipeline.methods.adapter_method import AdapterMethod, Finished
 from pipeline.methods.base import TaskContext
 from pipeline.methods.feature_pass import feature_sample, measure, probe
+from pipeline.projection.features import FeaturesNotFinite
 from pipeline.projection.guard import Guard
 from pipeline.projection.memory import SubspaceMemory
 from pipeline.projection.projector import start_outside
@@ -48,6 +49,7 @@ class ProjectedByFeatures(AdapterMethod[Pegp]):
         leaders, self._shapes = probe(ctx, self._attached)
         if ctx.task_index == 1:
             self.memory.share(leaders)
+        assert all(self.memory.leader(name) == leader for name, leader in leaders.items()), "sharing changed"
         if self.settings.project == "gradient":
             for name, trained in self._trained.items():
                 if not trained.fixed and not (guard := self._guard(name, trained.start)).empty:
@@ -62,10 +64,12 @@ class ProjectedByFeatures(AdapterMethod[Pegp]):
         return {name: tensor for name, tensor in trained.items() if name[:-2] not in closed}
 
     def _constrained(self, ctx: TaskContext, name: str, start: Tensor) -> Trained:
+        guard = self._guard(name, start)
+        if self.settings.project == "off":
+            return Trained(start)
         if name.endswith(".value") and self.settings.prefix_values == "freeze" and ctx.task_index > 1:
             return Trained(start, fixed=True)
-        guard = self._guard(name, start)
-        if self.settings.project == "off" or guard.empty:
+        if guard.empty:
             return Trained(start)
         if guard.closed:
             return Trained(start, fixed=True)
@@ -90,10 +94,12 @@ class ProjectedByFeatures(AdapterMethod[Pegp]):
         leaks = self._measured_leaks(finished)
         if leaks:
             self._leaks[ctx.task_index] = leaks
-        self._records = self._drift(ctx) if self.settings.feature_drift else []
         rows = feature_sample(ctx, self.settings.feature_samples)
+        moments = self._moments(ctx, finished, rows)
+        self._records = self._drift(ctx) if self.settings.feature_drift else []
         self._samples.append(rows)
-        self._records += self._grow(ctx, self._moments(ctx, finished, rows), leaks)
+        self._records += self._grow(ctx, moments, leaks)
+        self._records += [self._closed(name) for name in self.memory if name not in moments]
         self._ranks.append({name: self.memory[name].rank for name in self.memory})
         return self.close({name: tensor.value for name, tensor in finished.items()})
 
@@ -120,7 +126,15 @@ class ProjectedByFeatures(AdapterMethod[Pegp]):
                     C = moments[self.memory.leader(layer)]
                     A = tensor.value.to(C.device).double()
                     moments[self.kind.space_of(f"{layer}.B")] = A @ C.double() @ A.mT
+        for space, C in moments.items():
+            if not bool(C.isfinite().all()):  # the features were; so the trained tensor is not
+                raise FeaturesNotFinite(space, list(rows))
         return by_head(moments)
+
+    def _closed(self, name: str) -> dict[str, Any]:
+        """The record of a space without a free direction, whose layers got no adapter for this task."""
+        width = self.memory[name].width
+        return {"space": name, "width": width, "rank": width, "free": 0, "energy": None, "leak": None, "closed": True}
 
     def _grow(
         self, ctx: TaskContext, moments: Mapping[str, Tensor], leaks: Mapping[str, float]
@@ -166,11 +180,16 @@ class ProjectedByFeatures(AdapterMethod[Pegp]):
     def influences(self, task_index: int) -> dict[str, Any]:
         """The settings that change how a task trains; the schedule of the energy looks at the stream's length."""
         found = super().influences(task_index)
-        return found and self.memory_influences() | {"name": found["name"]}
+        return found and self.memory_influences()
 
     def memory_influences(self) -> dict[str, Any]:
         """The settings that decide the memory."""
-        content = self.settings.model_dump(mode="json", exclude={"feature_drift"})
+        unused = {"feature_drift"}
+        if self.kind.name != "lora":
+            unused.add("lora")
+        if self.kind.name != "prefix":
+            unused.add("prefix_values")
+        content = self.settings.model_dump(mode="json", exclude=unused)
         return content | ({} if self.settings.energy_max is None else {"task_count": self.task_count})
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

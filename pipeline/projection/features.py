@@ -11,10 +11,11 @@ from torch import Tensor
 class FeaturesNotFinite(ValueError):
     """A layer's features hold values that are not finite."""
 
-    def __init__(self, layer: str, rows: list[int]) -> None:
+    def __init__(self, layer: str, rows: list[int], task_index: int | None = None) -> None:
         super().__init__(f"the features of {layer} are not finite in rows {rows}")
         self.layer = layer
         self.rows = rows
+        self.task_index = task_index  # whose rows; None: the current task's
 
 
 class SecondMoments:

@@ -7,6 +7,7 @@ on; C = R R^T [d, d] its second moment. Vectors are rows: `x` has shape [..., d]
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -61,8 +62,9 @@ class Subspace:
         """The part outside: `x (I - Q Q^T)`."""
         return x - self.component(x)
 
+    @cached_property
     def complement(self) -> Tensor:  # [d, d - k]
-        """An orthonormal basis N of all that is outside, float32."""
+        """An orthonormal basis N of all that is outside, float32; made once for all layers that share the space."""
         full: Tensor = torch.linalg.qr(self.basis.double(), mode="complete").Q
         return full[:, self.rank :].float().contiguous()
 

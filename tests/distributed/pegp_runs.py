@@ -1,4 +1,4 @@
-"""What a rank does for PEGP: two tasks one after another, as the stream runs them."""
+"""What a rank does for PEGP and O-LoRA: two tasks one after another, as the stream runs them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.engine import TaskEngine
 from pipeline.loop import plan_task, train_task
 from pipeline.methods import METHODS
 from pipeline.models import LabelLoss, load_backbone, merge, prepare_for_training, target_modules
-from pipeline.recipe import Batching, Pegp
+from pipeline.recipe import Batching, OLora, Pegp
 from pipeline.recipe_groups import BottleneckAdapter, LoraAdapter, PrefixAdapter, PromptAdapter
 from pipeline.runlog import RunLog
 from pipeline.stopping import StopRequest
@@ -29,8 +29,10 @@ ADAPTERS = {
 }
 
 
-def settings(case: Case) -> Pegp:
+def settings(case: Case) -> Pegp | OLora:
     """Few features and a low energy: widths of 15, 7 and 3 are full soon."""
+    if case.method == "olora":
+        return OLora(name="olora", lambda_1=0.5, lambda_2=0.1)
     lora = "shared" if case.adapter == "shared" else "per_task"
     return Pegp(name="pegp", lora=lora, project=case.project, energy=0.7, feature_samples=13, feature_drift=True)
 
@@ -40,28 +42,31 @@ def two_tasks(job: Any) -> dict[str, Any]:
     case = job.case
     plain = load_backbone(job.folder, case.family, dtype=torch.float32)
     kind = adapter_kind(ADAPTERS[case.adapter], plain, case.family)
-    method = METHODS["pegp"](settings(case), kind, task_count=2)
+    method = METHODS[case.method](settings(case), kind, task_count=2)
     result: dict[str, Any] = {}
     for task in (1, 2):
-        tensors, losses = _learn(job, method, task)
+        tensors, losses, live = _learn(job, method, task)
         method.load_trained(task, tensors)
-        result |= {f"trained_{task}": tensors, f"loss_{task}": losses}
-        if task == 1:
+        result |= {f"trained_{task}": tensors, f"loss_{task}": losses, f"live_{task}": live}
+        result[f"stored_{task}"] = _stored_loss(job, method, task)
+        if task == 1 and case.method == "pegp":
             result["bases"] = method.memory.state_dict()[0]
             result["leaders"] = dict(method.memory.state_dict()[1]["leaders"])
+    result["penalty"] = [record["sum"] for record in method.records() if "penalty" in record]
     result["leaks"] = dict(method.leaks().get(2, {}))
     result["drift"] = {r["space"]: r["share"] for r in method.records() if "drift_of" in r}
     return result
 
 
-def _learn(job: Any, method: Any, task: int) -> tuple[dict[str, Tensor], float]:
+def _context(job: Any, task: int, updates: Any) -> Context:
+    """The task's context on a new backbone with `updates` merged."""
     case = job.case
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     model = load_backbone(job.folder, case.family, dtype=dtype)
     targets = target_modules(model, case.family, None)
-    merge(model, job.folder, targets, method.frozen())
+    merge(model, job.folder, targets, updates)
     rows = [random_examples(ROWS, case.family, seed=seed) for seed in (1, 2)]
-    ctx = Context(
+    return Context(
         model,
         ranks=job.ranks,
         family=case.family,
@@ -73,6 +78,20 @@ def _learn(job: Any, method: Any, task: int) -> tuple[dict[str, Tensor], float]:
         seed=SEED,
         earlier=rows[: task - 1],
     )
+
+
+def _stored_loss(job: Any, method: Any, task: int) -> float:
+    """The loss on the task's rows of what its stage will hold, on a model of its own."""
+    ctx = _context(job, task, method.active())
+    with method.equipped(ctx.model):
+        return ctx.run_rows(range(ROWS), backward=False)
+
+
+def _learn(job: Any, method: Any, task: int) -> tuple[dict[str, Tensor], float, float]:
+    """Trained tensors, last training loss, and the loss on the task's rows of the engine's own model at the end."""
+    case = job.case
+    ctx = _context(job, task, method.frozen())
+    model, rows = ctx.model, ctx._examples
     method.begin_task(ctx)
     prepare_for_training(model, gradient_checkpointing=case.checkpointing)
     engine = TaskEngine(LabelLoss(model, case.family), case.engine, TRAINING, job.ranks)
@@ -82,14 +101,15 @@ def _learn(job: Any, method: Any, task: int) -> tuple[dict[str, Tensor], float]:
         summary = train_task(
             ctx,
             method,
-            plan_task(rows[task - 1], TRAINING, Batching(), seed=SEED, task_index=task),
+            plan_task(rows, TRAINING, Batching(), seed=SEED, task_index=task),
             TRAINING,
             name=f"task {task}",
-            examples=rows[task - 1],
+            examples=rows,
             seed=SEED,
             log=RunLog(None, console=False),
             stop=StopRequest(),
         )
-        return method.end_task(ctx), summary.last_loss
+        live = ctx.run_rows(range(ROWS), backward=False)
+        return method.end_task(ctx), summary.last_loss, live
     finally:
         engine.close()

@@ -75,7 +75,7 @@ def test_by_hand() -> None:
 def test_value_gradient_and_change_are_the_formula(width: int, data: st.DataObject) -> None:
     space = random_space(width, data.draw(st.integers(1, width - 1), label="rank"))
     start = normal(3, width, seed=1)
-    for form in (projector(start, space), Residual(start, space.basis), Complement(start, space.complement())):
+    for form in (projector(start, space), Residual(start, space.basis), Complement(start, space.complement)):
         assert form is not None
         zero = form.initial()
         assert torch.equal(form(zero), start.float())
@@ -95,7 +95,7 @@ def test_value_gradient_and_change_are_the_formula(width: int, data: st.DataObje
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_gradients_by_differences(rank: int) -> None:
     space = random_space(6, rank)
-    for form in (Residual(normal(2, 6), space.basis), Complement(normal(2, 6), space.complement())):
+    for form in (Residual(normal(2, 6), space.basis), Complement(normal(2, 6), space.complement)):
         form = form.double()
         trained = normal(*form.initial().shape).requires_grad_()
         assert torch.autograd.gradcheck(form, (trained,))
@@ -240,7 +240,7 @@ def forms() -> list[Projector]:
     heads = projector_by_head(normal(3, 2, 6), spaces)
     assert heads is not None
     two, four = random_space(6, 2), random_space(6, 4)
-    return [Residual(normal(2, 6), two.basis), Complement(normal(2, 6), four.complement()), heads]
+    return [Residual(normal(2, 6), two.basis), Complement(normal(2, 6), four.complement), heads]
 
 
 # torch 2.13's tracer makes an instance of every autograd function that it meets, which its own class warns of.

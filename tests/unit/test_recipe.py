@@ -122,8 +122,8 @@ def test_all_faults_stand_in_one_message(write) -> None:
         ({"adapter": {"kind": "promt"}}, "adapter.kind: 'promt' is no kind of adapter; did you mean \"prompt\"?"),
         ({"adapter": {"kind": "prompt", "rank": 8}}, "adapter.rank: no such key; legal here: kind, length"),
         ({"adapter": {"kind": "prompt"}}, "adapter.kind: prompt is one module through the stream, and inclora needs"),
-        ({"method": {"name": "pegp", "energy": 1.2}}, "method.energy: 1.2"),
-        ({"method": {"name": "pegp", "energy": 0}}, "method.energy: 0 is not greater than 0"),
+        ({"method": {"name": "pegp", "energy": 1.2}}, "method.energy: 1.2 is not in (0, 1]"),
+        ({"method": {"name": "pegp", "energy": 0}}, "method.energy: 0.0 is not in (0, 1]"),
         ({"method": {"name": "pegp", "feature_samples": 0}}, "method.feature_samples: 0 is not greater than 0"),
         ({"method": {"name": "pegp", "enrgy": 0.9}}, 'method.enrgy: no such key; did you mean "energy"?'),
         (
@@ -521,6 +521,12 @@ def test_what_does_not_influence_results_keeps_the_recipe_the_same(write, overri
 def test_what_influences_results_makes_another_recipe(write, override: str) -> None:
     path, given = write(), override.split(" ") if override.startswith("method=") else [override]
     assert Recipe.load(path, given).sha256 != Recipe.load(path, given[:-1]).sha256
+
+
+def test_a_bare_off_means_the_word(write) -> None:
+    path = write()
+    assert Recipe.load(path, ["method=pegp", "method.project=off"]).method.project == "off"
+    assert Recipe.load(path, ["method=pegp", 'method.project="off"']).method.project == "off"
 
 
 def test_per_task_settings_change_their_task_alone(write) -> None:

@@ -73,7 +73,7 @@ def test_by_hand() -> None:
     torch.testing.assert_close(PROTECTED.coordinates(x), torch.tensor([[1.0, 3.0], [2.0, 4.0]]))
     torch.testing.assert_close(PROTECTED.component(x), torch.tensor([[1.0, 1.8, 2.4], [2.0, 2.4, 3.2]]))
     torch.testing.assert_close(PROTECTED.residual(x), torch.tensor([[0.0, 3.2, -2.4], [0.0, -2.4, 1.8]]))
-    N = PROTECTED.complement()
+    N = PROTECTED.complement
     torch.testing.assert_close(N * N[1].sign(), torch.tensor([[0.0], [0.8], [-0.6]]))
 
 
@@ -100,7 +100,7 @@ def test_leading_dimensions_and_dtype_of_x() -> None:
 @pytest.mark.parametrize("rank", range(6))
 def test_complement_is_all_that_is_outside(rank: int) -> None:
     old = random_space(5, rank, seed=rank)
-    N = Subspace(old.complement())
+    N = Subspace(old.complement)
     assert N.basis.dtype == torch.float32
     assert N.basis.is_contiguous()
     assert orthonormality(N) <= 1e-6

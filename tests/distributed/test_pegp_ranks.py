@@ -92,6 +92,19 @@ def test_nothing_leaks_into_the_protected_space(runs, case: Case) -> None:
         assert len(result["leaks"]) > 0
 
 
+@pytest.mark.parametrize("case", full(EXACT, but=EXACT_FAST), ids=str)
+def test_what_is_stored_is_what_the_engine_trained(runs, case: Case) -> None:
+    """The engine's model and the stored tensors on a new model give the same loss: what is measured is what acts.
+
+    bf16 rounds merged weights and the projector's buffers to 8 bits.
+    """
+    tolerance = 0.02 if case.precision == "bf16" else 1e-5
+    for result in (runs.one(case), *runs.two(case)):
+        for task in (1, 2):
+            live, stored = result[f"live_{task}"], result[f"stored_{task}"]
+            assert runs.note(case, "engine vs stored", abs(live / stored - 1)) <= tolerance
+
+
 @pytest.mark.parametrize("case", full(GRADIENT, but=GRADIENT_FAST), ids=str)
 def test_projecting_gradients_alone_leaks(runs, case: Case) -> None:
     """The papers' literal form, kept for comparison: it shows that the measurement above can fail."""
@@ -108,12 +121,26 @@ def test_the_memory_does_not_depend_on_the_number_of_ranks(runs, case: Case) -> 
     for name, Q in one["bases"].items():
         assert torch.equal(first["bases"][name], second["bases"][name]), "one rank's basis is every rank's"
         P, other = Q.double() @ Q.double().T, first["bases"][name].double() @ first["bases"][name].double().T
-        # Perturbation of a subspace: rounding of C (1e-6 of its size) over the gap to the next eigenvalue.
-        assert runs.note(case, "basis, 1 vs 2 ranks", float((P - other).norm() / P.norm())) <= 1e-2
+        # Subspace perturbation: rounding of C (1e-6 of its size) over the gap to the next eigenvalue, at least 1e-2.
+        assert runs.note(case, "basis, 1 vs 2 ranks", float((P - other).norm() / P.norm())) <= 1e-4
     assert first["loss_2"] == pytest.approx(one["loss_2"], rel=BF16 if case.precision == "bf16" else 1e-3)
     for name, share in one["drift"].items():
         assert 0 <= share <= 1
         assert first["drift"][name] == pytest.approx(share, abs=1e-2)
+
+
+OLORA = [Case("two_tasks", family, zero, method="olora") for family in FAMILIES for zero in (0, 1, 2, 3)]
+
+
+@pytest.mark.parametrize("case", full(OLORA, but=[OLORA[7]]), ids=str)
+def test_the_penalty_of_olora_does_not_depend_on_the_number_of_ranks(runs, case: Case) -> None:
+    one, (first, second) = runs.one(case), runs.two(case)
+    (overlap,) = one["penalty"]
+    assert overlap > 0
+    assert first["penalty"] == pytest.approx([overlap], rel=1e-4)
+    assert first["live_2"] == pytest.approx(one["live_2"], rel=1e-5)
+    assert first["stored_2"] == pytest.approx(one["live_2"], rel=1e-5)
+    assert all(torch.equal(first["trained_2"][name], second["trained_2"][name]) for name in first["trained_2"])
 
 
 OFF = [Case("two_tasks", family, 2, method="pegp", adapter="lora", project="off") for family in FAMILIES]

@@ -1,0 +1,241 @@
+"""What projecting costs: `python benchmarks/projection.py [step|layers|features|growth|all]`; see README.md here."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # `python benchmarks/projection.py` puts this folder first; ours start at the repository.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.pairs import Ratio, compare, table, write_json
+from benchmarks.tasks import STREAM, Bench, PlainTraining, copied
+from data_prep.errors import UserError
+from pipeline.adapters.base import Trained
+from pipeline.adapters.lora import LoraLinear
+from pipeline.methods.feature_pass import feature_sample, measure
+from pipeline.projection.projector import projector, start_outside
+from pipeline.projection.subspace import Subspace
+
+MODELS = ("mini_t5", "mini_llama2")
+Q_AND_V = {"mini_t5": ["q", "v"], "mini_llama2": ["q_proj", "v_proj"]}
+# name, d_in, d_out
+LAYERS = [
+    ("T5-large attention", 1024, 1024),
+    ("T5-large wo", 4096, 1024),
+    ("T5-large v1.1 wo", 2816, 1024),
+    ("LLaMA-2-7B attention", 4096, 4096),
+    ("LLaMA-2-7B down", 11008, 4096),
+]
+RANK, SCALE = 8, 4.0
+LONGEST_PAIR = 0.9  # seconds
+MOST_TOKENS = 8 * 512
+
+
+@dataclass
+class Report:
+    """What has been measured so far; printed as it comes."""
+
+    ratios: list[Ratio] = field(default_factory=list)
+    stated: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, found: Ratio) -> None:
+        """Keep and print a ratio."""
+        self.ratios.append(found)
+        print(table([found]).splitlines()[-1], flush=True)
+
+    def state(self, name: str, value: Any) -> None:
+        """Keep and print a number without a goal."""
+        self.stated[name] = value
+        print(f"{name}: {value}", flush=True)
+
+
+def step(report: Report, model: str, pairs: int) -> None:
+    """A training step: projected against plain, and at task 15 against task 2."""
+    bench = Bench(model, ["dbpedia", "SST-2", "agnews"])
+    between = Bench(model, STREAM[1:-1], order="order4")  # whose prompts have room for MultiRC
+    pegp = bench.method("pegp")
+    after_first = None
+    memory = {}
+    for index, task in enumerate(STREAM[:-1], start=1):
+        (bench if index == 1 else between).remember(pegp, task, index)
+        memory[f"{index} {task}"] = pegp.memory.bytes
+        if index == 1:
+            after_first = copied(pegp.state_dict())
+    after_all = copied(pegp.state_dict())
+    ranks = {name: f"{pegp.memory[name].rank}/{pegp.memory[name].width}" for name in pegp.memory}
+    report.state(f"{model}: bytes of all bases (d x k x 4) after task", memory)
+    report.state(f"{model}: k/d after 14 tasks", ranks)
+
+    def trainer(name: str, state: Any, task: str, index: int) -> tuple[Any, PlainTraining]:
+        return bench.begin(bench.method(name, state), task, index)
+
+    for task, micro_batch, goal in (("agnews", 16, 1.03), ("agnews", 8, None), ("SST-2", 16, None), ("SST-2", 8, None)):
+        ctx, projected = trainer("pegp", after_first, task, 2)
+        _, plain = trainer("inclora", None, task, 2)
+        name = f"{model}: step, {task}, {16 // micro_batch} x {micro_batch}: pegp / inclora"
+        report.add(_steps(name, bench, ctx, projected, plain, task, micro_batch, pairs, goal))
+    ctx, one = trainer("inclora", None, "agnews", 2)
+    _, other = trainer("inclora", None, "agnews", 2)
+    name = f"{model}: step, agnews, 1 x 16: inclora / inclora (noise)"
+    report.add(_steps(name, bench, ctx, one, other, "agnews", 16, pairs, None))
+    _, late = trainer("pegp", after_all, "agnews", len(STREAM))
+    _, early = trainer("pegp", after_first, "agnews", 2)
+    name = f"{model}: step, agnews, 1 x 16: pegp at task 15 / at task 2"
+    report.add(_steps(name, bench, ctx, late, early, "agnews", 16, pairs, 1.02))
+
+
+def _steps(
+    name: str,
+    bench: Bench,
+    ctx: Any,
+    first: PlainTraining,
+    second: PlainTraining,
+    task: str,
+    micro_batch: int,
+    pairs: int,
+    goal: float | None,
+) -> Ratio:
+    """Both train on the same steps of the task, one after another."""
+    batches = bench.steps(ctx, task, micro_batch=micro_batch)
+
+    def on(training: PlainTraining) -> Callable[[int], None]:
+        return lambda index: training.step(batches[index % len(batches)])
+
+    return compare(name, on(first), on(second), pairs=pairs, goal=goal)
+
+
+def layers(report: Report, pairs: int) -> None:
+    """Single layers of real widths: forward and backward, projected against plain. A fifth of the pairs."""
+    for name, d_in, d_out in LAYERS:
+        base = nn.Linear(d_in, d_out, bias=False).requires_grad_(False)
+        draw = torch.Generator().manual_seed(0)
+        start = torch.randn(RANK, d_in, generator=draw) / d_in**0.5
+        out = Trained(torch.randn(d_out, RANK, generator=draw) / RANK**0.5)
+        plain = LoraLinear(base, Trained(start), out, SCALE, 0.0)
+        tokens = MOST_TOKENS
+        while tokens > 64 and 2 * _seconds(plain, tokens) > LONGEST_PAIR:
+            tokens //= 2
+        x = torch.randn(1, tokens, d_in, generator=draw).requires_grad_()
+        for rank in (64, 256, 512):
+            space = Subspace(torch.linalg.qr(torch.randn(d_in, rank, generator=draw)).Q.contiguous())
+            outside = start_outside(start, space)
+            projected = LoraLinear(base, Trained(outside, projector(outside, space)), out, SCALE, 0.0)
+            title = f"layer {name} {d_in} to {d_out}, k = {rank}, {tokens} tokens"
+            first, second = partial(_there_and_back, projected, x), partial(_there_and_back, plain, x)
+            report.add(compare(title, first, second, pairs=max(pairs // 5, 5), goal=1.03))
+
+
+def _there_and_back(layer: nn.Module, x: torch.Tensor, _: int = 0) -> None:
+    layer(x).sum().backward()
+    for tensor in (x, *layer.parameters()):
+        tensor.grad = None
+
+
+def _seconds(layer: LoraLinear, tokens: int) -> float:
+    x = torch.zeros(1, tokens, layer.weight.shape[1], requires_grad=True)
+    _there_and_back(layer, x)
+    start = time.process_time()
+    _there_and_back(layer, x)
+    return time.process_time() - start
+
+
+def features(report: Report, model: str, pairs: int) -> None:
+    """The feature pass against a plain forward over the same rows."""
+    for targets, words, goal in ((Q_AND_V[model], "q and v", 1.3), ("all_linear", "all linear", 1.8)):
+        bench = Bench(model, ["agnews"], target_modules=targets)
+        method = bench.method("pegp")
+        ctx, _ = bench.begin(method, "agnews", 1)
+        attached, shapes = method._attached, method._shapes
+        for size in (96, 256):
+            rows = feature_sample(ctx, size)
+            report.add(
+                compare(
+                    f"{model}: feature pass / forward, {words}, {size} rows",
+                    lambda _: measure(ctx, attached, shapes, rows),  # noqa: B023
+                    lambda _: ctx.run_rows(rows, backward=False),  # noqa: B023
+                    pairs=pairs if size == 96 else max(pairs // 2, 5),
+                    goal=goal,
+                )
+            )
+
+
+def growth(report: Report, model: str, pairs: int) -> None:
+    """A task's end (leaks, feature pass, growth) as a share of its training time, at task 2. A tenth of the pairs."""
+    bench = Bench(model, ["dbpedia", "agnews"])
+    pegp = bench.method("pegp")
+    bench.remember(pegp, "dbpedia", 1)
+    state = copied(pegp.state_dict())
+    ctx, training = bench.begin(bench.method("pegp", state), "agnews", 2)
+    steps = bench.steps(ctx, "agnews", micro_batch=bench.recipe.training.micro_batch_size)
+    epochs = bench.tasks["agnews"].training.epochs
+    some = steps[:: max(len(steps) // 8, 1)]
+    current: list[Any] = []
+
+    def begin() -> None:
+        method = bench.method("pegp", copied(state))
+        current[:] = method, bench.begin(method, "agnews", 2)[0]
+
+    def train(_: int) -> None:
+        for micro_batches in some:
+            training.step(micro_batches)
+
+    scale = len(some) / (epochs * len(steps))
+    count = max(pairs // 10, 5)
+    name = f"{model}: end of task / its {epochs * len(steps)} steps, 96 rows"
+    found = compare(
+        name, lambda _: current[0].end_task(current[1]), train, pairs=count, goal=0.05, scale=scale, prepare=begin
+    )
+    report.add(found)
+    begin()
+    method, ctx = current
+    pass_ms = 1e3 * min(
+        _timed(lambda: measure(ctx, method._attached, method._shapes, feature_sample(ctx, 96))) for _ in range(3)
+    )
+    report.state(f"{model}: of the end of the task, feature pass (ms)", round(pass_ms, 1))
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python benchmarks/projection.py", description=__doc__)
+    parser.add_argument("what", nargs="?", default="all", choices=["step", "layers", "features", "growth", "all"])
+    parser.add_argument("--model", choices=MODELS, help="both by default")
+    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    report = Report()
+    print(table([]), flush=True)
+    try:
+        for part in (step, features, growth):
+            if options.what in (part.__name__, "all"):
+                for model in [options.model] if options.model else MODELS:
+                    part(report, model, options.pairs)
+        if options.what in ("layers", "all"):
+            layers(report, options.pairs)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        arguments = {key: value for key, value in vars(options).items() if key != "json"}
+        write_json(options.json, report.ratios, report.stated, arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
