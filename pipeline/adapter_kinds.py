@@ -9,19 +9,23 @@ from torch import nn
 from data_prep.errors import UserError
 from pipeline.adapters.base import AdapterKind
 from pipeline.adapters.bottleneck import BottleneckKind
+from pipeline.adapters.core import CoreLoraKind
 from pipeline.adapters.lora import LoraKind
 from pipeline.adapters.prefix import PrefixKind
 from pipeline.adapters.prompt import PromptKind
 from pipeline.attention import prefix_kind
-from pipeline.models import feed_forward_blocks, target_modules
-from pipeline.recipe import Adapter, MethodSettings
+from pipeline.models import feed_forward_blocks, full_rank_modules, target_modules
+from pipeline.recipe import Adapter, Gorp, LoraAdapter, MethodSettings
 
 
-def adapter_kind(settings: Adapter, model: nn.Module, family: str) -> AdapterKind:
-    """The adapter that `settings` describe, for a backbone of `family`; `model` may be a skeleton.
+def adapter_kind(settings: Adapter, model: nn.Module, family: str, method: MethodSettings | None = None) -> AdapterKind:
+    """The adapter that `settings` and `method` describe, for a backbone of `family`; `model` may be a skeleton.
 
     Raises `UserError` where the backbone has no such layers.
     """
+    if isinstance(method, Gorp):
+        assert isinstance(settings, LoraAdapter)
+        return _with_cores(settings, method, model, family)
     match settings.kind:
         case "lora":
             targets = target_modules(model, family, settings.target_modules)
@@ -34,12 +38,40 @@ def adapter_kind(settings: Adapter, model: nn.Module, family: str) -> AdapterKin
             return prefix_kind(settings.length)
 
 
+def _with_cores(settings: LoraAdapter, method: Gorp, model: nn.Module, family: str) -> CoreLoraKind:
+    """LoRA everywhere but on the full-rank modules, which never carry one, whether they learn or not."""
+    cores = full_rank_modules(model, family, method.full_rank_modules)
+    targets = [name for name in target_modules(model, family, settings.target_modules) if name not in cores]
+    if not targets:
+        raise UserError(
+            "adapter.target_modules: every one of them is a full-rank module, and none is left for LoRA; choose "
+            "others, or fewer method.full_rank_modules"
+        )
+    for name in cores:
+        layer: Any = model.get_submodule(name)
+        if method.core_rank > (most := min(layer.in_features, layer.out_features)):
+            raise UserError(f"method.core_rank: {method.core_rank}, but {name} has {most} directions; choose fewer")
+    return CoreLoraKind(
+        targets,
+        cores,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        core_rank=method.core_rank,
+        core_scale=method.core_scale,
+    )
+
+
 def space_widths(kind: AdapterKind, model: nn.Module) -> dict[str, int]:
     """The dimension of the space that each kind of tensor's rows live in, by a word for it."""
     config: Any = model.config
     if isinstance(kind, LoraKind):
         layers: list[Any] = [model.get_submodule(name) for name in kind.targets]
-        return {"the narrowest layer's input": min(layer.in_features for layer in layers)}
+        narrowest = {"the narrowest layer's input": min(layer.in_features for layer in layers)}
+        if isinstance(kind, CoreLoraKind):
+            layers += [model.get_submodule(name) for name in kind.cores]
+            narrowest["the narrowest layer's output"] = min(layer.out_features for layer in layers)
+        return narrowest
     if isinstance(kind, BottleneckKind):
         return {"the model": config.hidden_size, "the bottleneck (adapter.width)": kind.width}
     if isinstance(kind, PromptKind):
@@ -64,7 +96,8 @@ def trainable_parameters(kind: AdapterKind, model: nn.Module) -> int:
     config: Any = model.config
     if isinstance(kind, LoraKind):
         layers: list[Any] = [model.get_submodule(name) for name in kind.targets]
-        return sum(kind.rank * int(layer.in_features + layer.out_features) for layer in layers)
+        cores = len(kind.cores) * kind.core_rank**2 if isinstance(kind, CoreLoraKind) else 0
+        return cores + sum(kind.rank * int(layer.in_features + layer.out_features) for layer in layers)
     if isinstance(kind, BottleneckKind):
         return len(kind.blocks) * 2 * kind.width * int(config.hidden_size)
     if isinstance(kind, PromptKind):

@@ -9,12 +9,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from data_prep.batches import IGNORED, Example, Family, collate
+from data_prep.batches import IGNORED, PADDING_ROW, Example, Family, collate
+from pipeline.checkpoints import Checkpoint
 from pipeline.engine import Ranks, TaskEngine
 from pipeline.models import LabelLoss
 from pipeline.seeds import generator
 
 Value = TypeVar("Value")
+Step = Sequence[Sequence[int]]  # micro-batches of row positions
 
 
 class Context:
@@ -32,6 +34,8 @@ class Context:
         examples: Sequence[Example],
         micro_batch_size: int,
         seed: int,
+        steps: Sequence[Step] = (),
+        checkpoint: Checkpoint | None = None,
         earlier: Sequence[Sequence[Example]] = (),
     ) -> None:
         self.model = model
@@ -45,6 +49,8 @@ class Context:
         self._micro_batch_size = micro_batch_size
         self._seed = seed
         self._earlier = earlier  # training rows of the finished tasks, for measurements alone
+        self._steps = steps
+        self._checkpoint = checkpoint
         self._masks: list[Tensor] = []
         self._positions: dict[int, Tensor] = {}  # what `real_positions` has found for the batch being run
         self._engine: TaskEngine | None = None
@@ -57,6 +63,21 @@ class Context:
     def row_count(self) -> int:
         """The task's training rows."""
         return len(self._examples)
+
+    @property
+    def step_count(self) -> int:
+        """The task's optimizer steps."""
+        return len(self._steps)
+
+    @property
+    def first_rows(self) -> list[int]:
+        """The rows of the task's first global batch."""
+        return [row for micro_batch in self._steps[0] for row in micro_batch if row != PADDING_ROW]
+
+    def original(self, layer: str) -> Tensor:
+        """The checkpoint's own weight of a linear layer."""
+        assert self._checkpoint is not None
+        return self._checkpoint.read(f"{layer}.weight").float()
 
     @property
     def engine(self) -> TaskEngine:
@@ -182,3 +203,19 @@ class Context:
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set both copies."""
         self.engine.write(parameter, value)
+
+    def write_frozen(self, weight: Tensor, value: Tensor) -> None:
+        """Set a frozen weight."""
+        self.engine.write_frozen(weight, value)
+
+    def second_moment(self, parameter: nn.Parameter) -> Tensor:
+        """Adam's second moment."""
+        return self.engine.second_moment(parameter)
+
+    def write_moments(self, parameter: nn.Parameter, first: Tensor, second: Tensor) -> None:
+        """Set Adam's moments."""
+        self.engine.write_moments(parameter, first, second)
+
+    def restart_group(self, name: str) -> None:
+        """Begin Adam's step count anew."""
+        self.engine.restart_group(name)

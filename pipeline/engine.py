@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -25,13 +25,16 @@ from deepspeed.utils import (
     safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from pipeline.deepspeed_config import deepspeed_config
 from pipeline.hooks import hook_ids, only_hooks
+from pipeline.optimizer_groups import ParameterGroup, optimizer_groups
 from pipeline.recipe import Engine, Training
 from pipeline.recipe_source import ROOT
 from pipeline.stopping import Stopped, StopRequest
@@ -148,7 +151,15 @@ def _free_port() -> int:
 class TaskEngine:
     """One task's optimizer under DeepSpeed: forward, backward, step, and the trained tensors in float32."""
 
-    def __init__(self, model: nn.Module, settings: Engine, training: Training, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Engine,
+        training: Training,
+        ranks: Ranks,
+        groups: Sequence[ParameterGroup] = (),
+    ) -> None:
+        """`groups`: trained tensors with settings of their own."""
         self._stage = settings.zero
         self._world = ranks.world
         self._norm: Tensor | None = None
@@ -158,10 +169,7 @@ class TaskEngine:
         assert trained, "a task without trainable tensors never starts an engine"
         assert all(parameter.numel() for parameter in trained), "ZeRO 3 cannot hold empty parameters"
         self._optimizer = torch.optim.AdamW(
-            trained,
-            lr=training.learning_rate,
-            eps=training.adam_eps,
-            weight_decay=training.weight_decay,
+            optimizer_groups(trained, groups, training), lr=training.learning_rate, eps=training.adam_eps
         )
         config = deepspeed_config(settings, training, ranks.world)
         if settings.zero == 3:  # penalties and end-of-task work read trained tensors outside their modules' forwards
@@ -226,14 +234,46 @@ class TaskEngine:
         return whole
 
     def first_moment(self, parameter: nn.Parameter) -> Tensor:
-        """Adam's `exp_avg`, whole, float32. Collective."""
+        """Adam's `exp_avg`, whole, float32, wherever ZeRO keeps it. Collective."""
+        return self._moment(parameter, "exp_avg")
+
+    def second_moment(self, parameter: nn.Parameter) -> Tensor:
+        """Adam's `exp_avg_sq`, whole, float32. Collective."""
+        return self._moment(parameter, "exp_avg_sq")
+
+    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
         if self._stage == 0:
-            moment = self._optimizer.state[parameter]["exp_avg"]
+            moment = self._optimizer.state[parameter][key]
         else:
-            moment = safe_get_full_optimizer_state(parameter, "exp_avg")
+            moment = safe_get_full_optimizer_state(parameter, key)
         assert moment is not None, "moments exist after the first step only"
         whole: Tensor = moment.detach().float().reshape(_full_shape(parameter))
         return whole
+
+    def write_moments(self, parameter: nn.Parameter, first: Tensor, second: Tensor) -> None:
+        """Set both of Adam's moments of a trained tensor. Collective."""
+        for key, value in (("exp_avg", first), ("exp_avg_sq", second)):
+            value = value.to(self._engine.device, torch.float32)
+            if self._stage == 0:
+                self._optimizer.state[parameter][key].copy_(value)
+            elif self._stage < 3:
+                safe_set_full_optimizer_state(parameter, value, key)
+            else:
+                safe_set_local_optimizer_state(parameter, self._shard(parameter, value), key)
+
+    def restart_group(self, name: str) -> None:
+        """Let Adam's step count of the group `name` begin anew: its bias corrections belong to empty moments."""
+        for flat in self._flat_tensors(name):
+            self._optimizer.state[flat]["step"].zero_()
+
+    def _flat_tensors(self, name: str) -> list[Tensor]:
+        """What the optimizer holds of a group: its tensors, or this rank's flat pieces of them."""
+        index = next(i for i, group in enumerate(self._optimizer.param_groups) if group.get("name") == name)
+        if self._stage < 3:
+            return list(self._optimizer.param_groups[index]["params"])
+        zero: Any = self._engine.optimizer  # whose pieces stand in the client's groups during a step only
+        pieces = zip(zero.fp32_partitioned_groups_flat, zero.sub_group_to_group_id.values(), strict=True)
+        return [piece for piece, group in pieces if group == index]
 
     def master(self, parameter: nn.Parameter) -> Tensor:
         """The float32 master copy, whole, on the CPU. Collective."""
@@ -251,16 +291,29 @@ class TaskEngine:
             safe_set_full_fp32_param(parameter, value)
             parameter.data.copy_(value)  # the setter leaves the forward's copy stale
         else:
-            # The full setter fails on the last rank where the shards do not divide the tensor; a padded shard of
-            # this rank's own does not.
-            scattered: Any = parameter  # DeepSpeed adds attributes to its parameters
-            shard = scattered.ds_tensor.numel()
-            padded = torch.zeros(shard * self._world, device=value.device)
-            padded[: value.numel()] = value.flatten()
-            safe_set_local_fp32_param(parameter, padded[dist.get_rank() * shard :][:shard])
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if dist.get_rank() == 0:
-                    parameter.data.copy_(value)
+            safe_set_local_fp32_param(parameter, self._shard(parameter, value))
+            self.write_frozen(parameter, value)
+
+    def write_frozen(self, parameter: Tensor, value: Tensor) -> None:
+        """Set the forward's copy of a tensor, rounded to its dtype. Collective."""
+        if self._stage < 3:
+            parameter.data.copy_(value)
+            return
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if dist.get_rank() == 0:
+                parameter.data.copy_(value)
+
+    def _shard(self, parameter: Tensor, value: Tensor) -> Tensor:
+        """This rank's piece of a tensor that ZeRO 3 scatters.
+
+        DeepSpeed's full setters fail on the last rank where the shards do not divide the tensor; a padded shard of
+        this rank's own does not.
+        """
+        scattered: Any = parameter  # DeepSpeed adds attributes to its parameters
+        size = scattered.ds_tensor.numel()
+        padded = torch.zeros(size * self._world, device=value.device)
+        padded[: value.numel()] = value.flatten()
+        return padded[dist.get_rank() * size :][:size]
 
     def close(self) -> None:
         """Give the engine's memory back; the model it trained is not to be used afterwards."""

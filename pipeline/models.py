@@ -25,6 +25,7 @@ from data_prep.errors import UserError
 from data_prep.sentencepiece_bpe import follow_sentencepiece, read_bpe
 from pipeline.adapters.lora import Factors, summed_update
 from pipeline.checkpoints import Checkpoint
+from pipeline.projection.together import Together
 
 
 class _Family(NamedTuple):
@@ -34,11 +35,13 @@ class _Family(NamedTuple):
     default_targets: tuple[str, ...]  # q and v of every attention, as the O-LoRA line of work has them
     head: str  # the output projection, never an adapter's target
     feed_forward: str  # the last part of a feed-forward block's name
+    full_rank: tuple[str, ...]  # GORP's full-rank modules
 
 
+_CROSS_ATTENTION = tuple(f"EncDecAttention.{part}" for part in "qkvo")
 FAMILIES: Mapping[str, _Family] = {
-    "t5": _Family(T5ForConditionalGeneration, ("q", "v"), "lm_head", "DenseReluDense"),
-    "llama2": _Family(LlamaForCausalLM, ("q_proj", "v_proj"), "lm_head", "mlp"),
+    "t5": _Family(T5ForConditionalGeneration, ("q", "v"), "lm_head", "DenseReluDense", _CROSS_ATTENTION),
+    "llama2": _Family(LlamaForCausalLM, ("q_proj", "v_proj"), "lm_head", "mlp", ("gate_proj",)),
 }
 
 
@@ -134,8 +137,14 @@ def feed_forward_blocks(model: nn.Module, family: str) -> list[str]:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, folder: Path, targets: Iterable[str], updates: Mapping[str, Sequence[Factors]]) -> None:
-    """Set every target's weight to `W_0 + sum of its updates`, in place.
+def merge(
+    model: nn.Module,
+    folder: Path,
+    targets: Iterable[str],
+    updates: Mapping[str, Sequence[Factors]],
+    matrices: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Set every target's weight to `W_0 + sum of its updates`, in place; `matrices` stand in the place of `W_0`.
 
     `W_0` is read again from the checkpoint and the sum is taken in float32 on the CPU, then rounded once to the
     model's dtype: a stream of any length leaves no accumulated rounding (methods.md section 1).
@@ -144,10 +153,39 @@ def merge(model: nn.Module, folder: Path, targets: Iterable[str], updates: Mappi
     for name in targets:
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        total = original.read(f"{name}.weight").float()
+        changed = (matrices or {}).get(name)
+        total = original.read(f"{name}.weight").float() if changed is None else changed
         if updates.get(name):
-            total += summed_update(updates[name])
+            total = total + summed_update(updates[name])
         weight.copy_(total)
+
+
+def full_rank_modules(model: nn.Module, family: str, chosen: Sequence[str] | None) -> list[str]:
+    """Full names of the linear layers whose whole weight is to change, in the model's order.
+
+    `chosen`: null for the family's own (T5: the projections of cross-attention; LLaMA: the MLP's gate), or the ends
+    of module names, such as "wo" or "EncDecAttention.q". `UserError` for a name that no layer has, for a tied weight.
+    """
+    wanted = FAMILIES[family].full_rank if chosen is None else tuple(chosen)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = []
+    for word in wanted:
+        of_word = [name for name in linear if name == word or name.endswith(f".{word}")]
+        if not of_word:
+            legal = sorted({name.rpartition(".")[2] for name in linear})
+            raise UserError(
+                f"method.full_rank_modules: {word!r} ends no linear layer's name in this model; legal are ends of "
+                f"names such as {', '.join(legal)}, or [] for none"
+            )
+        found += of_word
+    users = [id(weight) for module in model.modules() for weight in module.parameters(recurse=False)]
+    for name in found:
+        if name == FAMILIES[family].head or users.count(id(linear[name].weight)) > 1:
+            raise UserError(
+                f"method.full_rank_modules: {name} is the output head or shares its weight with another module, which "
+                "would change with it; choose other layers"
+            )
+    return [name for name in linear if name in found]
 
 
 class LabelLoss(nn.Module):
@@ -161,6 +199,7 @@ class LabelLoss(nn.Module):
         super().__init__()
         self.backbone: Any = backbone
         self.family = family
+        self._together = Together(backbone)
 
     def forward(
         self,
@@ -169,6 +208,10 @@ class LabelLoss(nn.Module):
         labels: Tensor,  # [b, l] (t5) or [b, s] (llama2), -100 where nothing is learnt
     ) -> Tensor:  # scalar, float32
         """Sum over label tokens of -log p(token)."""
+        with self._together.ready():
+            return self._loss(input_ids, attention_mask, labels)
+
+    def _loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         if self.family == "t5":
             output = self.backbone(
                 input_ids=input_ids,

@@ -154,17 +154,28 @@ class OLora(AdapterTraining):
         return True
 
 
-class Pegp(AdapterTraining):
-    """Updates orthogonal to the features of old tasks (methods.md section 2)."""
+class Projecting(AdapterTraining):
+    """A method that keeps updates outside protected subspaces."""
 
-    name: Literal["pegp"]
-    mode: Literal["corrected", "literal"] = "corrected"  # literal: gradients alone, one LoRA for all tasks
+    name: str
+    mode: Literal["corrected", "literal"] = "corrected"
     project: Annotated[Literal["exact", "gradient", "off"], BeforeValidator(_word_off)] = "exact"
     lora: Literal["per_task", "shared"] = "per_task"
     energy: Energy = 0.95
-    energy_max: Energy | None = None  # the energy rises towards it, task by task; null: it is constant
-    feature_samples: Positive = 256
     max_rank: Annotated[int | float, AfterValidator(_rank)] | None = None  # directions, or a share of the width
+    feature_samples: Positive = 256
+
+    @property
+    def new_lora_each_task(self) -> bool:
+        """Unless it is shared."""
+        return self.lora == "per_task"
+
+
+class Pegp(Projecting):
+    """Updates orthogonal to the features of old tasks (methods.md section 2)."""
+
+    name: Literal["pegp"]  # mode literal: gradients alone, one LoRA for all tasks
+    energy_max: Energy | None = None  # the energy rises towards it, task by task; null: it is constant
     merge_beta: Annotated[float, Field(ge=0, lt=1)] | None = None
     prefix_values: Literal["free", "project", "freeze"] = "project"
     feature_drift: bool = False  # after each task, run the old tasks' samples again: where are their features now?
@@ -178,17 +189,47 @@ class Pegp(AdapterTraining):
             )
         return self
 
-    @property
-    def new_lora_each_task(self) -> bool:
-        """Unless it is shared."""
-        return self.lora == "per_task"
-
     @model_validator(mode="before")
     @classmethod
     def _literal(cls, raw: object) -> object:
         """`mode: literal` sets the paper's values of keys that are not given."""
         if isinstance(raw, dict) and raw.get("mode") == "literal":
             return {"project": "gradient", "lora": "shared"} | raw
+        return raw
+
+
+class Gorp(Projecting):
+    """Low-rank and full-rank updates orthogonal to the gradients of old tasks (methods.md section 3)."""
+
+    name: Literal["gorp"]  # mode literal: the paper's own core, and gradients alone
+    parts: Literal["B", "B+L", "B+S", "B+L+S"] = "B+L+S"  # L: full-rank cores; S: spaces grow over all tasks
+    gradient_space: Literal["first_moment", "mean_gradient", "hidden_features"] = "first_moment"
+    lora: Literal["per_task", "shared"] = "shared"
+    project_b: bool = True
+    full_rank_modules: list[str] | None = None  # ends of module names; null: the family's own; []: none
+    full_rank_lr: Rate = 1e-5
+    core_rank: Positive = 8
+    core_scale: Rate = 1.0
+    refresh_every: Positive = 10
+    refresh_moments: Literal["rotate", "keep", "reset"] = "rotate"
+    svd: Literal["randomized", "exact"] = "randomized"
+
+    @property
+    def trains_cores(self) -> bool:
+        """Whether the full-rank modules learn."""
+        return "L" in self.parts
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether spaces hold all tasks, not the last one alone."""
+        return "S" in self.parts
+
+    @model_validator(mode="before")
+    @classmethod
+    def _literal(cls, raw: object) -> object:
+        """`mode: literal` sets the paper's values of keys that are not given."""
+        if isinstance(raw, dict) and raw.get("mode") == "literal":
+            return {"project": "gradient", "project_b": False, "refresh_moments": "keep"} | raw
         return raw
 
 

@@ -14,6 +14,7 @@ from data_prep.errors import UserError
 from eval.accuracy import cells_for
 from eval.run_files import UNTRAINED, stage_names
 from pipeline.cells import CellBook
+from pipeline.checkpoints import Checkpoint
 from pipeline.context import Context
 from pipeline.engine import Ranks, TaskEngine
 from pipeline.loop import TaskSummary, train_task
@@ -198,7 +199,7 @@ class Stream:
 
     def _context(self, task: StreamTask) -> Context:
         return Context(
-            self.weights.give_away(self.method.frozen()),
+            self.weights.give_away(self.method.frozen(), self.method.matrices()),
             ranks=self.ranks,
             family=self.recipe.model.family,
             pad_id=int(self.workload.tokenizer.pad_token_id),
@@ -207,6 +208,8 @@ class Stream:
             examples=task.train,
             micro_batch_size=task.training.micro_batch_size,
             seed=self.recipe.seed,
+            steps=self.workload.steps(task),
+            checkpoint=Checkpoint(self.workload.model_folder),
             earlier=[earlier.train for earlier in self.workload.tasks[: task.index - 1]],
         )
 
@@ -222,7 +225,8 @@ class Stream:
             return None
         if recipe.engine.zero == 3:
             ctx.model.to("cpu")  # DeepSpeed takes its shards from there; the device never holds model and shards
-        engine = TaskEngine(LabelLoss(ctx.model, recipe.model.family), recipe.engine, task.training, self.ranks)
+        module = LabelLoss(ctx.model, recipe.model.family)
+        engine = TaskEngine(module, recipe.engine, task.training, self.ranks, self.method.groups())
         ctx.started(engine)
         return engine
 
@@ -264,7 +268,8 @@ class Stream:
         missing = [task for task in tasks if again or not self.cells.exists(after, key, task)]
         if not missing:
             return
-        model = self.weights.model({} if after == UNTRAINED else self.method.active())
+        learnt = ({}, {}) if after == UNTRAINED else (self.method.active(), self.method.matrices())
+        model = self.weights.model(*learnt)
         with nullcontext() if after == UNTRAINED else self.method.equipped(model):
             for task in missing:
                 self.ranks.check_stop(self.stop)

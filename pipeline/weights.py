@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.adapters.lora import Factors
 from pipeline.models import load_backbone, merge
 from pipeline.workload import Workload
 
 Updates = Mapping[str, Sequence[Factors]]
+Matrices = Mapping[str, Tensor]
 
 
 class Weights:
@@ -22,18 +23,18 @@ class Weights:
         self._device = device
         self._model: nn.Module | None = None
 
-    def model(self, updates: Updates) -> nn.Module:
-        """The backbone with `updates` merged, in evaluation mode, on the device."""
+    def model(self, updates: Updates, matrices: Matrices | None = None) -> nn.Module:
+        """The backbone with `matrices` in its place and `updates` merged, in evaluation mode, on the device."""
         workload = self._workload
         if self._model is None:
             recipe = workload.recipe
             dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
             self._model = load_backbone(workload.model_folder, recipe.model.family, dtype=dtype).to(self._device)
-        merge(self._model, workload.model_folder, workload.targets, updates)
+        merge(self._model, workload.model_folder, workload.targets, updates, matrices or {})
         return self._model.eval()
 
-    def give_away(self, updates: Updates) -> nn.Module:
+    def give_away(self, updates: Updates, matrices: Matrices | None = None) -> nn.Module:
         """The same, for an engine that changes the model beyond repair."""
-        model = self.model(updates)
+        model = self.model(updates, matrices)
         self._model = None
         return model

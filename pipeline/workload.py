@@ -67,7 +67,7 @@ class Workload:
     model_folder: Path
     model_fingerprint: str  # hash of the backbone's files
     kind: AdapterKind
-    targets: Sequence[str]  # layers that carry a LoRA
+    targets: Sequence[str]  # layers whose weights change: those with a LoRA, and full-rank modules
     tokenizer: PreTrainedTokenizerBase
     tasks: list[StreamTask]
 
@@ -139,8 +139,8 @@ def load_workload(recipe: Recipe, ranks: Ranks | Alone) -> Workload:
 def _read(recipe: Recipe, folder: Path, model_fingerprint: str) -> Workload:
     family = recipe.model.family
     model = skeleton(folder, family)
-    kind = adapter_kind(recipe.adapter, model, family)
-    targets: Sequence[str] = kind.targets if isinstance(kind, LoraKind) else []
+    kind = adapter_kind(recipe.adapter, model, family, recipe.method)
+    targets: Sequence[str] = kind.layers if isinstance(kind, LoraKind) else []
     check_weights(folder, targets)
     check_max_rank(recipe.method, kind, model)
     tokenizer = load_tokenizer(folder, family)

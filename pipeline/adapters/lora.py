@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.adapters.base import See, TensorProjector, Trained, install, value_of
+from pipeline.adapters.base import Attached, See, TensorProjector, Trained, install, value_of
 from pipeline.adapters.forwards import inputs_seen
 
 
@@ -66,18 +66,18 @@ class AttachedLora:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, LoraLinear]) -> None:
         self._model = model
-        self._layers = layers
+        self.layers = layers
         self.parameters: Mapping[str, nn.Parameter] = {
             f"{name}.{part}": getattr(layer, part) for name, layer in layers.items() for part in "AB"
         }
 
     def observe(self, see: See) -> AbstractContextManager[None]:
         """Inside, every forward tells `see` the inputs [b, s, d_in] of the layers, under their names."""
-        return inputs_seen(see, self._layers)
+        return inputs_seen(see, self.layers)
 
     def detach(self) -> None:
         """The bare layers stand in the model again."""
-        for name, layer in self._layers.items():
+        for name, layer in self.layers.items():
             self._model.set_submodule(name, layer.base)
 
 
@@ -90,6 +90,11 @@ class LoraKind:
         self.targets = targets
         self.rank, self.dropout = rank, dropout
         self.scale = alpha / rank
+
+    @property
+    def layers(self) -> list[str]:
+        """All layers whose weight changes."""
+        return list(self.targets)
 
     def starts(self, model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         """A Kaiming-uniform with a = sqrt 5 (so U(-1/sqrt d_in, 1/sqrt d_in)), B zero (methods.md section 1).
@@ -105,8 +110,12 @@ class LoraKind:
             tensors |= {f"{name}.A": A, f"{name}.B": torch.zeros(layer.out_features, self.rank)}
         return tensors
 
-    def attach(self, model: nn.Module, trained: Mapping[str, Trained]) -> AttachedLora:
+    def attach(self, model: nn.Module, trained: Mapping[str, Trained]) -> Attached:
         """Put a branch beside each layer that `trained` has tensors for, in place."""
+        return self.attach_branches(model, trained)
+
+    def attach_branches(self, model: nn.Module, trained: Mapping[str, Trained]) -> AttachedLora:
+        """The same."""
         layers = {}
         for name in (tensor.removesuffix(".A") for tensor in trained if tensor.endswith(".A")):
             base = model.get_submodule(name)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters.base import AdapterKind
 from pipeline.adapters.lora import Factors
+from pipeline.optimizer_groups import ParameterGroup
 from pipeline.recipe import Group
 
 Value = TypeVar("Value")
@@ -30,6 +31,17 @@ class TaskContext(Protocol):
     @property
     def row_count(self) -> int:
         """The task's training rows."""
+
+    @property
+    def step_count(self) -> int:
+        """The task's optimizer steps."""
+
+    @property
+    def first_rows(self) -> list[int]:
+        """The rows of the task's first global batch."""
+
+    def original(self, layer: str) -> Tensor:
+        """The checkpoint's own weight of a linear layer, float32 on the CPU."""
 
     def generator(self, purpose: str) -> torch.Generator:
         """A CPU generator seeded from (seed, task, purpose): the same on every rank."""
@@ -70,6 +82,18 @@ class TaskContext(Protocol):
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set a trained tensor: the float32 master and the forward's copy."""
 
+    def second_moment(self, parameter: nn.Parameter) -> Tensor:
+        """Adam's `exp_avg_sq` of a trained tensor, whole and float32."""
+
+    def write_moments(self, parameter: nn.Parameter, first: Tensor, second: Tensor) -> None:
+        """Set Adam's moments of a trained tensor."""
+
+    def restart_group(self, name: str) -> None:
+        """Let Adam's step count of the group `name` (`groups`) begin anew."""
+
+    def write_frozen(self, weight: Tensor, value: Tensor) -> None:
+        """Set a frozen weight to `value`, rounded once to its dtype."""
+
 
 class Method(Generic[Settings]):
     """A continual-learning method. State lives between tasks; adapters live within one.
@@ -85,6 +109,10 @@ class Method(Generic[Settings]):
 
     def begin_task(self, ctx: TaskContext) -> None:
         """Attach the task's adapter to `ctx.model`."""
+
+    def groups(self) -> Sequence[ParameterGroup]:
+        """Trained tensors that the optimizer treats otherwise than the rest, once `begin_task` has attached them."""
+        return []
 
     def engine_started(self, ctx: TaskContext) -> None:
         """Before the first step: the trained tensors are the engine's now and can be written."""
@@ -116,6 +144,10 @@ class Method(Generic[Settings]):
     def active(self) -> Mapping[str, Sequence[Factors]]:
         """All that has been learnt, by layer: what stands in the weights when tasks are scored."""
         return self.frozen()
+
+    def matrices(self) -> Mapping[str, Tensor]:
+        """Weights that stand in the place of the checkpoint's, float32 on the CPU, by layer."""
+        return {}
 
     def equipped(self, model: nn.Module) -> AbstractContextManager[None]:
         """Inside, `model` (with `active` merged) carries what has been learnt and weights cannot hold."""

@@ -23,6 +23,7 @@ class Projector(nn.Module):
 
     start: Tensor
     matrix: Tensor
+    ready: Tensor | None = None  # during a forward: the tensor, where it was made with others (`projection.together`)
 
     def __init__(self, start: Tensor, matrix: Tensor) -> None:
         super().__init__()
@@ -39,6 +40,10 @@ class Projector(nn.Module):
         """What training has added to the start, float32 on the CPU, from the trained tensor's float32 master."""
         raise NotImplementedError
 
+    def lifted(self, moment: Tensor) -> Tensor:
+        """Adam's moment of the trained tensor, or its gradient, as rows [r, d] of the tensor's own space."""
+        raise NotImplementedError
+
 
 class Residual(Projector):
     """`A = A_start + A~ (I - Q Q^T)`; the trained tensor has the shape of A."""
@@ -52,10 +57,13 @@ class Residual(Projector):
         value, Q = trained.detach().cpu().double(), self._exact[1].cpu().double()
         return (value - (value @ Q) @ Q.mT).float()
 
+    def lifted(self, moment: Tensor) -> Tensor:
+        """Itself."""
+        return moment
+
     def forward(self, trained: Tensor) -> Tensor:  # [r, d] -> [r, d]
         """The tensor that the adapter uses."""
-        projected: Tensor = _Outside.apply(trained, self.start, self.matrix)  # type: ignore[no-untyped-call]
-        return projected
+        return outside(trained, self.start, self.matrix) if self.ready is None else self.ready
 
 
 class Complement(Projector):
@@ -70,9 +78,44 @@ class Complement(Projector):
         """`C N^T`."""
         return (trained.detach().cpu().double() @ self._exact[1].cpu().double().mT).float()
 
+    def lifted(self, moment: Tensor) -> Tensor:
+        """`M N^T`."""
+        return moment @ self._exact[1].to(moment).mT
+
     def forward(self, trained: Tensor) -> Tensor:  # [r, d - k] -> [r, d]
         """The tensor that the adapter uses."""
-        return torch.addmm(self.start, trained, self.matrix.mT)
+        return torch.addmm(self.start, trained, self.matrix.mT) if self.ready is None else self.ready
+
+
+class FromLeft(nn.Module):
+    """`B = B_start + (I - Q Q^T) B~` for a tensor [d, r]: the projector of its transpose, which is what is trained."""
+
+    def __init__(self, turned: Projector) -> None:
+        super().__init__()
+        self.turned = turned
+
+    def initial(self) -> Tensor:
+        """Zeros [r, d], or [r, d - k] in the complement."""
+        return self.turned.initial()
+
+    def change(self, trained: Tensor) -> Tensor:  # -> [d, r]
+        """What training has added to the start, float32 on the CPU."""
+        return self.turned.change(trained).mT.contiguous()
+
+    def lifted(self, moment: Tensor) -> Tensor:
+        """As rows [r, d]: a column of the tensor's space each."""
+        return self.turned.lifted(moment)
+
+    def forward(self, trained: Tensor) -> Tensor:  # [r, d] or [r, d - k] -> [d, r]
+        """The tensor that the adapter uses."""
+        tensor: Tensor = self.turned(trained)
+        return tensor.mT
+
+
+def outside(trained: Tensor, start: Tensor, Q: Tensor) -> Tensor:
+    """`start + t (I - Q Q^T)`, of one tensor or of several with a basis each."""
+    projected: Tensor = _Outside.apply(trained, start, Q)  # type: ignore[no-untyped-call]
+    return projected
 
 
 class _Outside(torch.autograd.Function):

@@ -1,0 +1,98 @@
+"""Tensors of many layers through their projectors at once: on small layers the calls cost more than the products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.projection.projector import Complement, FromLeft, Projector, Residual, outside
+
+MOST_NUMBERS = 2**24  # of a group's stacked bases: larger ones cost memory, and their products hide the calls
+
+
+@dataclass
+class _Group:
+    """Layers whose projectors have one form and whose tensors have one shape [r, d]; bases padded to one width."""
+
+    members: Sequence[tuple[nn.Parameter, Projector]]
+    starts: Tensor  # [M, r, d]
+    matrices: Tensor  # [M, d, widest]
+
+    def values(self) -> Tensor:  # [M, r, d]
+        """All the tensors."""
+        trained: list[Tensor] = [parameter for parameter, _ in self.members]
+        if isinstance(self.members[0][1], Residual):
+            return outside(torch.stack(trained), self.starts, self.matrices)
+        widest = self.matrices.shape[-1]
+        padded = [nn.functional.pad(C, (0, widest - C.shape[-1])) if C.shape[-1] < widest else C for C in trained]
+        return torch.baddbmm(self.starts, torch.stack(padded), self.matrices.mT)
+
+
+class Together:
+    """The projectors of a model, grouped by form and shape."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """To be made once the adapter is attached."""
+        self._model = model
+        self._groups: list[_Group] | None = None
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Inside, for one forward, the projectors of groups have their tensors.
+
+        Not where ZeRO 3 holds the parameters, whose modules gather their own; nor where layers are run again in the
+        backward, which a tensor made outside of them would cut off.
+        """
+        groups = [] if _runs_layers_again(self._model) else self._current_groups()
+        used = [projector for group in groups for _, projector in group.members]
+        try:
+            for group in groups:
+                for (_, projector), value in zip(group.members, group.values().unbind(), strict=True):
+                    projector.ready = value
+            yield
+        finally:
+            for projector in used:
+                projector.ready = None
+
+    def _current_groups(self) -> list[_Group]:
+        """The groups, stacked in the first forward, after the engine has moved and cast the model."""
+        if self._groups is None or any(group.starts.dtype != group.members[0][0].dtype for group in self._groups):
+            self._groups = _groups(self._model)
+        return self._groups
+
+
+def _runs_layers_again(model: nn.Module) -> bool:
+    if hasattr(type(model), "is_activation_checkpointing"):  # transformers' name since 5.23
+        return bool(model.is_activation_checkpointing)
+    return bool(getattr(model, "is_gradient_checkpointing", False))
+
+
+def _groups(model: nn.Module) -> list[_Group]:
+    by_form: dict[tuple[object, ...], list[tuple[nn.Parameter, Projector]]] = {}
+    for parameter, projector in _projected(model):
+        if projector.start.dim() == 2 and not hasattr(parameter, "ds_id"):
+            form = type(projector), projector.start.shape, projector.start.device
+            by_form.setdefault(form, []).append((parameter, projector))
+    found = []
+    for members in by_form.values():
+        bases = [projector.matrix for _, projector in members]
+        widest = max(basis.shape[1] for basis in bases)
+        if len(members) > 1 and len(members) * bases[0].shape[0] * widest <= MOST_NUMBERS:
+            stacked = torch.stack([nn.functional.pad(basis, (0, widest - basis.shape[1])) for basis in bases])
+            found.append(_Group(members, torch.stack([projector.start for _, projector in members]), stacked))
+    return found
+
+
+def _projected(model: nn.Module) -> Iterator[tuple[nn.Parameter, Projector]]:
+    """Each trained tensor with its projector, as `adapters.base.install` registers them."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            inner = child.turned if isinstance(child, FromLeft) else child
+            if name.endswith("_projector") and isinstance(inner, Residual | Complement):
+                parameter = getattr(module, name.removesuffix("_projector"))
+                assert isinstance(parameter, nn.Parameter)
+                yield parameter, inner
