@@ -7,7 +7,7 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,24 @@ class Ratio:
         return "met" if self.high <= self.goal else "missed" if self.low > self.goal else "inconclusive"
 
 
+@dataclass
+class Report:
+    """What has been measured so far; printed as it comes."""
+
+    ratios: list[Ratio] = field(default_factory=list)
+    stated: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, found: Ratio) -> None:
+        """Keep and print a ratio."""
+        self.ratios.append(found)
+        print(table([found]).splitlines()[-1], flush=True)
+
+    def state(self, name: str, value: Any) -> None:
+        """Keep and print a number that is not a ratio of times."""
+        self.stated[name] = value
+        print(f"{name}: {value}", flush=True)
+
+
 def compare(
     name: str,
     first: Work,
@@ -61,10 +79,17 @@ def compare(
 
 
 def compare_built(
-    name: str, build: Callable[[], tuple[Work, Work]], *, pairs: int, builds: int = 8, goal: float | None = None
+    name: str,
+    build: Callable[[], tuple[Work, Work]],
+    *,
+    pairs: int,
+    builds: int = 8,
+    goal: float | None = None,
+    warm_up: int = 3,
 ) -> Ratio:
     """The same, with both works made anew `builds` times: where their tensors lie in memory moves a ratio by 2 %."""
-    return judged(name, np.stack([timed(*build(), pairs=pairs // builds) for _ in range(builds)]), goal=goal)
+    times = [timed(*build(), pairs=pairs // builds, warm_up=warm_up) for _ in range(builds)]
+    return judged(name, np.stack(times), goal=goal)
 
 
 def timed(

@@ -10,14 +10,13 @@ if __name__ == "__main__":
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.pairs import Ratio, compare, compare_built, table, write_json
+from benchmarks.pairs import Report, compare, compare_built, table, write_json
 from benchmarks.tasks import STREAM, Bench, PlainTraining, copied
 from data_prep.errors import UserError
 from pipeline.adapters.base import Trained
@@ -39,24 +38,6 @@ LAYERS = [
 RANK, SCALE = 8, 4.0
 LONGEST_PAIR = 0.3  # seconds
 MOST_TOKENS = 8 * 512
-
-
-@dataclass
-class Report:
-    """What has been measured so far; printed as it comes."""
-
-    ratios: list[Ratio] = field(default_factory=list)
-    stated: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, found: Ratio) -> None:
-        """Keep and print a ratio."""
-        self.ratios.append(found)
-        print(table([found]).splitlines()[-1], flush=True)
-
-    def state(self, name: str, value: Any) -> None:
-        """Keep and print a number without a goal."""
-        self.stated[name] = value
-        print(f"{name}: {value}", flush=True)
 
 
 def step(report: Report, model: str, pairs: int) -> None:

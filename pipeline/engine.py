@@ -183,6 +183,19 @@ class TaskEngine:
             config=config,
         )
         self._own_hooks = hook_ids(model) - foreign_hooks
+        if settings.zero in (1, 2) and len(self._optimizer.param_groups) > 1:
+            self._make_moments()
+
+    def _make_moments(self) -> None:
+        """Zero moments, as AdamW makes them in its first step.
+
+        DeepSpeed links them to the trained tensors right after the first group's step, when the other groups have
+        none yet, and never again: their moments would be out of reach.
+        """
+        for group in self._optimizer.param_groups:
+            for flat in group["params"]:
+                moments = {key: torch.zeros_like(flat) for key in ("exp_avg", "exp_avg_sq")}
+                self._optimizer.state[flat] = {"step": torch.tensor(0.0), **moments}
 
     @property
     def module(self) -> nn.Module:

@@ -153,6 +153,12 @@ def _content(wanted: Export, recipe: Recipe, stage: Callable[[int], Stage], last
     from pipeline import export_peft  # not at the top: PEFT takes seconds to load, and a typing error is told at once
 
     tensors = stage(last).load_trained()
+    matrices = {name.removesuffix(".W"): tensors.pop(name) for name in sorted(tensors) if name.endswith(".W")}
+    if matrices and not wanted.merged:
+        raise UserError(
+            f"{wanted.run_dir}: the method {recipe.method.name} changed {len(matrices)} whole weights, such as "
+            f"{min(matrices)}, which no PEFT adapter holds; add --merged for a plain transformers folder"
+        )
     kind = export_peft.kind_of(tensors) if tensors else "lora"
     _refuse(wanted, recipe, kind)
     base = _base(recipe)
@@ -168,7 +174,8 @@ def _content(wanted: Export, recipe: Recipe, stage: Callable[[int], Stage], last
     if wanted.merged:
         from pipeline.export_merged import merged_backbone
 
-        return merged_backbone(recipe.model, updates, trained_on=stage(last).info["model_fingerprint"]).write
+        trained_on = stage(last).info["model_fingerprint"]
+        return merged_backbone(recipe.model, updates, matrices, trained_on=trained_on).write
     if not updates:
         raise UserError(f"{wanted.run_dir}: no layer had a free direction left, so there is no LoRA to export")
     return export_peft.lora_adapter(updates, base).write

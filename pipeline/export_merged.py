@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from data_prep.errors import UserError
 from pipeline.adapters.lora import Factors
@@ -30,8 +31,10 @@ class MergedBackbone(NamedTuple):
         _settle(folder / "tokenizer_config.json", self.family)
 
 
-def merged_backbone(settings: Model, updates: Mapping[str, Sequence[Factors]], *, trained_on: str) -> MergedBackbone:
-    """Read the backbone again and merge `updates` (by layer), in float32 whatever the run's precision.
+def merged_backbone(
+    settings: Model, updates: Mapping[str, Sequence[Factors]], matrices: Mapping[str, Tensor], *, trained_on: str
+) -> MergedBackbone:
+    """Read the backbone again and merge `updates` (by layer) and whole weights, in float32 whatever the precision.
 
     So the one rounding of the sum is left to whoever loads it. `trained_on` is the fingerprint of the backbone that
     the run began with. Raises `UserError` where that backbone cannot be had any more.
@@ -45,7 +48,7 @@ def merged_backbone(settings: Model, updates: Mapping[str, Sequence[Factors]], *
         )
     model = load_backbone(folder, settings.family, dtype=torch.float32)
     tokenizer = load_tokenizer(folder, settings.family)
-    merge(model, folder, updates, updates)
+    merge(model, folder, [*updates, *matrices], updates, matrices)
     return MergedBackbone(model, tokenizer, settings.family)
 
 

@@ -92,6 +92,11 @@ class Recipe(Group):
                 f"adapter.kind: {kind} is one module through the stream, and {self.method.name} needs a new LoRA for "
                 "each task; use method=seqlora or method=pegp, or adapter=lora"
             )
+        if kind != "lora" and self.method.name == "gorp":
+            raise ValueError(
+                f"adapter.kind: {kind} has no place in gorp, which trains LoRA and full-rank cores; use adapter=lora, "
+                "or method=pegp"
+            )
         if kind == "prefix" and self.engine.gradient_checkpointing:
             raise ValueError(
                 "engine.gradient_checkpointing: true recomputes layers without the cache that holds the prefix; "

@@ -233,7 +233,7 @@ class Gorp(Projecting):
         return raw
 
 
-MethodSettings = Annotated[SeqLora | IncLora | OLora | Pegp, Field(discriminator="name")]
+MethodSettings = Annotated[SeqLora | IncLora | OLora | Pegp | Gorp, Field(discriminator="name")]
 
 
 class LoraAdapter(Group):

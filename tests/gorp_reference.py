@@ -57,6 +57,7 @@ class TaskEnd:
     full: dict[str, Tensor] = field(default_factory=dict)  # W
     spaces: dict[str, Tensor] = field(default_factory=dict)  # bases [d, k], grown by this task
     moments: dict[str, Tensor] = field(default_factory=dict)  # m as the optimizer holds it
+    second_moments: dict[str, Tensor] = field(default_factory=dict)  # v
     updates: dict[str, Tensor] = field(default_factory=dict)  # [d_out, d_in]: the task's lifted updates, added up
     bases: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # U, V of the last window
     losses: list[float] = field(default_factory=list)
@@ -143,6 +144,11 @@ class Factor:
     def moment(self) -> Tensor:
         """Adam's m of the trained tensor: A~ [r, d] or C [r, d - k]; for B transposed."""
         return self._rows(self.adam.m)
+
+    @property
+    def second_moment(self) -> Tensor:
+        """Adam's v of the trained tensor, likewise."""
+        return self._rows(self.adam.v)
 
     def gradient(self, g: Tensor) -> Tensor:
         """The trained tensor's gradient from the gradient of `value`: the chain rule, or the literal hook."""
@@ -354,5 +360,7 @@ def _finish(stream: Stream, factors: Mapping[str, Factor], cores: Mapping[str, C
     end.full = {layer: W.detach().clone() for layer, W in stream.weights.items()}
     end.moments = {name: factor.moment for name, factor in factors.items()}
     end.moments |= {f"{layer}.C": core.adam.m for layer, core in cores.items()}
+    end.second_moments = {name: factor.second_moment for name, factor in factors.items()}
+    end.second_moments |= {f"{layer}.C": core.adam.v for layer, core in cores.items()}
     end.updates = {layer: core.total for layer, core in cores.items()}
     end.bases = {layer: (core.U, core.V) for layer, core in cores.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from plain_reference import Float64
 from torch import Tensor, nn
 
+from pipeline.optimizer_groups import ParameterGroup, optimizer_groups
 from pipeline.recipe import Training
 
 
@@ -18,12 +20,16 @@ class PlainEngine:
 
     forwards_together = False
 
-    def __init__(self, module: nn.Module, training: Training, *, accumulation: int) -> None:
+    def __init__(
+        self, module: nn.Module, training: Training, *, accumulation: int, groups: Sequence[ParameterGroup] = ()
+    ) -> None:
         self.module = module
         self.micro_batches_per_step = accumulation
-        self._clip = training.gradient_clipping
+        self._clip = training.gradient_clipping or math.inf
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(self._trained, eps=training.adam_eps, weight_decay=training.weight_decay)
+        for parameter in self._trained:
+            parameter.grad = None
+        self._optimizer = torch.optim.AdamW(optimizer_groups(self._trained, groups, training), eps=training.adam_eps)
         self._done = 0
         self.gradient_norm = float("nan")
 
@@ -43,12 +49,34 @@ class PlainEngine:
         if self._done % self.micro_batches_per_step:
             return
         self.gradient_norm = float(nn.utils.clip_grad_norm_(self._trained, self._clip))
-        self._optimizer.param_groups[0]["lr"] = learning_rate
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
 
     def master(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach().clone()
+
+    def first_moment(self, parameter: nn.Parameter) -> Tensor:
+        return self._optimizer.state[parameter]["exp_avg"].clone()
+
+    def second_moment(self, parameter: nn.Parameter) -> Tensor:
+        return self._optimizer.state[parameter]["exp_avg_sq"].clone()
+
+    def write_moments(self, parameter: nn.Parameter, first: Tensor, second: Tensor) -> None:
+        self._optimizer.state[parameter]["exp_avg"].copy_(first)
+        self._optimizer.state[parameter]["exp_avg_sq"].copy_(second)
+
+    def restart_group(self, name: str) -> None:
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"] if group.get("name") == name else ():
+                self._optimizer.state[parameter]["step"].zero_()
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        parameter.data.copy_(value)
+
+    def write_frozen(self, weight: Tensor, value: Tensor) -> None:
+        weight.data.copy_(value)
 
     def close(self) -> None:
         pass

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.methods.base import Method, TaskContext
+from pipeline.methods.gorp import ProjectedByGradients
 from pipeline.methods.inclora import IncrementalLora
 from pipeline.methods.olora import OrthogonalLora
 from pipeline.methods.pegp import ProjectedByFeatures
@@ -14,6 +15,7 @@ METHODS: Mapping[str, type[Method[Any]]] = {
     "inclora": IncrementalLora,
     "olora": OrthogonalLora,
     "pegp": ProjectedByFeatures,
+    "gorp": ProjectedByGradients,
 }
 
 __all__ = ["METHODS", "Method", "TaskContext"]

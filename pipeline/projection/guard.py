@@ -39,7 +39,7 @@ class Guard:
     def projector(self, start: Tensor) -> Projector | FromLeft | None:
         """What the trained tensor passes through in the forward (`projection.projector`)."""
         if self.left:
-            inner = projector(start.mT, self.spaces[0])
+            inner = projector(start.mT.contiguous(), self.spaces[0])
             return None if inner is None else FromLeft(inner)
         return projector(start, self.spaces[0]) if start.dim() == 2 else projector_by_head(start, self.spaces)
 

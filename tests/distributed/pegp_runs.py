@@ -1,4 +1,4 @@
-"""What a rank does for PEGP and O-LoRA: two tasks one after another, as the stream runs them."""
+"""What a rank does for PEGP, GORP and O-LoRA: two tasks one after another, as the stream runs them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from rank_cases import ROWS, SEED, TRAINING, Case
 from torch import Tensor
 
 from pipeline.adapter_kinds import adapter_kind
+from pipeline.checkpoints import Checkpoint
 from pipeline.context import Context
 from pipeline.engine import TaskEngine
 from pipeline.loop import plan_task, train_task
 from pipeline.methods import METHODS
 from pipeline.models import LabelLoss, load_backbone, merge, prepare_for_training, target_modules
-from pipeline.recipe import Batching, OLora, Pegp
+from pipeline.recipe import Batching, Gorp, OLora, Pegp
 from pipeline.recipe_groups import BottleneckAdapter, LoraAdapter, PrefixAdapter, PromptAdapter
 from pipeline.runlog import RunLog
 from pipeline.stopping import StopRequest
@@ -29,27 +30,28 @@ ADAPTERS = {
 }
 
 
-def settings(case: Case) -> Pegp | OLora:
+def settings(case: Case) -> Pegp | OLora | Gorp:
     """Few features and a low energy: widths of 15, 7 and 3 are full soon."""
     if case.method == "olora":
         return OLora(name="olora", lambda_1=0.5, lambda_2=0.1)
     lora = "shared" if case.adapter == "shared" else "per_task"
+    if case.method == "gorp":
+        cores: Any = {"core_rank": 3, "refresh_every": 2, "full_rank_lr": 1e-2, "svd": case.svd}
+        return Gorp(name="gorp", lora=lora, project=case.project, refresh_moments=case.refresh, **cores)
     return Pegp(name="pegp", lora=lora, project=case.project, energy=0.7, feature_samples=13, feature_drift=True)
 
 
-def two_tasks(job: Any) -> dict[str, Any]:
+def two_tasks(job: Any, method: Any = None) -> dict[str, Any]:
     """Train two tasks; what each trained, the bases between them, the leak that the method measured."""
     case = job.case
-    plain = load_backbone(job.folder, case.family, dtype=torch.float32)
-    kind = adapter_kind(ADAPTERS[case.adapter], plain, case.family)
-    method = METHODS[case.method](settings(case), kind, task_count=2)
+    method = method or new_method(job, METHODS[case.method])
     result: dict[str, Any] = {}
     for task in (1, 2):
-        tensors, losses, live = _learn(job, method, task)
+        tensors, losses, live = learn(job, method, task)
         method.load_trained(task, tensors)
         result |= {f"trained_{task}": tensors, f"loss_{task}": losses, f"live_{task}": live}
         result[f"stored_{task}"] = _stored_loss(job, method, task)
-        if task == 1 and case.method == "pegp":
+        if task == 1 and case.method != "olora":
             result["bases"] = method.memory.state_dict()[0]
             result["leaders"] = dict(method.memory.state_dict()[1]["leaders"])
     result["penalty"] = [record["sum"] for record in method.records() if "penalty" in record]
@@ -58,14 +60,31 @@ def two_tasks(job: Any) -> dict[str, Any]:
     return result
 
 
-def _context(job: Any, task: int, updates: Any) -> Context:
+def new_method(job: Any, method: Any) -> Any:
+    """A method of the class `method` for the case's backbone."""
+    case, chosen = job.case, settings(job.case)
+    plain = load_backbone(job.folder, case.family, dtype=torch.float32)
+    return method(chosen, adapter_kind(ADAPTERS[case.adapter], plain, case.family, chosen), task_count=2)
+
+
+def rows_of(case: Case) -> list[Any]:
+    """Both tasks' rows."""
+    return [random_examples(ROWS, case.family, seed=seed) for seed in (1, 2)]
+
+
+def steps_of(case: Case, task: int) -> list[Any]:
+    """The plan of a task's steps."""
+    return plan_task(rows_of(case)[task - 1], TRAINING, Batching(), seed=SEED, task_index=task)
+
+
+def _context(job: Any, method: Any, task: int, updates: Any) -> Context:
     """The task's context on a new backbone with `updates` merged."""
     case = job.case
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     model = load_backbone(job.folder, case.family, dtype=dtype)
-    targets = target_modules(model, case.family, None)
-    merge(model, job.folder, targets, updates)
-    rows = [random_examples(ROWS, case.family, seed=seed) for seed in (1, 2)]
+    targets = getattr(method.kind, "layers", None) or target_modules(model, case.family, None)
+    merge(model, job.folder, targets, updates, method.matrices())
+    rows = rows_of(case)
     return Context(
         model,
         ranks=job.ranks,
@@ -76,32 +95,34 @@ def _context(job: Any, task: int, updates: Any) -> Context:
         examples=rows[task - 1],
         micro_batch_size=TRAINING.micro_batch_size,
         seed=SEED,
+        steps=steps_of(case, task),
+        checkpoint=Checkpoint(job.folder),
         earlier=rows[: task - 1],
     )
 
 
 def _stored_loss(job: Any, method: Any, task: int) -> float:
     """The loss on the task's rows of what its stage will hold, on a model of its own."""
-    ctx = _context(job, task, method.active())
+    ctx = _context(job, method, task, method.active())
     with method.equipped(ctx.model):
         return ctx.run_rows(range(ROWS), backward=False)
 
 
-def _learn(job: Any, method: Any, task: int) -> tuple[dict[str, Tensor], float, float]:
+def learn(job: Any, method: Any, task: int) -> tuple[dict[str, Tensor], float, float]:
     """Trained tensors, last training loss, and the loss on the task's rows of the engine's own model at the end."""
     case = job.case
-    ctx = _context(job, task, method.frozen())
+    ctx = _context(job, method, task, method.frozen())
     model, rows = ctx.model, ctx._examples
     method.begin_task(ctx)
     prepare_for_training(model, gradient_checkpointing=case.checkpointing)
-    engine = TaskEngine(LabelLoss(model, case.family), case.engine, TRAINING, job.ranks)
+    engine = TaskEngine(LabelLoss(model, case.family), case.engine, TRAINING, job.ranks, method.groups())
     try:
         ctx.started(engine)
         method.engine_started(ctx)
         summary = train_task(
             ctx,
             method,
-            plan_task(rows, TRAINING, Batching(), seed=SEED, task_index=task),
+            steps_of(case, task),
             TRAINING,
             name=f"task {task}",
             examples=rows,

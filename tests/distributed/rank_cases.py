@@ -42,7 +42,9 @@ class Case:
     method: str = "inclora"
     checkpointing: bool = False
     adapter: str = "lora"
-    project: str = "exact"  # of the method pegp
+    project: str = "exact"  # of the methods pegp and gorp
+    refresh: str = "rotate"  # of the method gorp
+    svd: str = "exact"  # of the method gorp
 
     def __str__(self) -> str:
         parts = [self.run, self.family, f"zero{self.zero}"]
@@ -53,6 +55,8 @@ class Case:
         parts += ["checkpointing"] if self.checkpointing else []
         parts += [] if self.adapter == "lora" else [self.adapter]
         parts += [] if self.project == "exact" else [self.project]
+        parts += [] if self.refresh == "rotate" else [self.refresh]
+        parts += [] if self.svd == "exact" else [self.svd]
         return "-".join(parts)
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from gorp_runs import gorp_moments, gorp_tasks
 from pegp_runs import two_tasks
 from plain_engine import PlainEngine
 from random_backbones import PAD
@@ -397,5 +398,7 @@ RUNS: dict[str, Callable[[Job], Result]] = {
         messages,
         wrong_world,
         two_tasks,
+        gorp_tasks,
+        gorp_moments,
     )
 }

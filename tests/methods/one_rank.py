@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from plain_engine import PlainEngine
+from plain_reference import Float64
 from random_backbones import PAD, random_examples
 from torch import Tensor, nn
 
 from data_prep.batches import Example
 from pipeline.adapter_kinds import adapter_kind
+from pipeline.checkpoints import Checkpoint
 from pipeline.context import Context
 from pipeline.engine import Ranks
 from pipeline.loop import plan_task, train_task
 from pipeline.methods import METHODS
-from pipeline.models import LabelLoss, load_backbone, merge, target_modules
-from pipeline.recipe import Batching, IncLora, LoraAdapter, OLora, Pegp, SeqLora, Training
+from pipeline.models import LabelLoss, load_backbone, merge, prepare_for_training, target_modules
+from pipeline.recipe import Batching, Gorp, IncLora, LoraAdapter, OLora, Pegp, SeqLora, Training
 from pipeline.runlog import RunLog
 from pipeline.stopping import StopRequest
 
-SETTINGS = {"seqlora": SeqLora, "inclora": IncLora, "olora": OLora, "pegp": Pegp}
+SETTINGS = {"seqlora": SeqLora, "inclora": IncLora, "olora": OLora, "pegp": Pegp, "gorp": Gorp}
 TRAINING = Training(
     epochs=2, learning_rate=3e-2, global_batch_size=4, micro_batch_size=2, weight_decay=0.1, gradient_clipping=1.0
 )
 LORA = LoraAdapter(rank=3, alpha=6, dropout=0.0, target_modules="all_linear")
 ROWS = 8
+SEED = 7
 
 
 def new_method(folder: Path, family: str, name: str, adapter: Any = LORA, *, tasks: int = 3, **settings: Any) -> Any:
     model = load_backbone(folder, family, dtype=torch.float32)
-    return METHODS[name](SETTINGS[name](name=name, **settings), adapter_kind(adapter, model, family), task_count=tasks)
+    chosen = SETTINGS[name].model_validate({"name": name, **settings})
+    return METHODS[name](chosen, adapter_kind(adapter, model, family, chosen), task_count=tasks)
 
 
 def rows_of(task: int, family: str) -> list[Example]:
@@ -40,13 +45,20 @@ def rows_of(task: int, family: str) -> list[Example]:
 
 
 def context(
-    folder: Path, family: str, method: Any, task: int, rows: Sequence[Sequence[Example]] | None = None
+    folder: Path,
+    family: str,
+    method: Any,
+    task: int,
+    rows: Sequence[Sequence[Example]] | None = None,
+    *,
+    training: Training = TRAINING,
+    dtype: torch.dtype = torch.float32,
 ) -> Context:
     """The task's context, the past merged; `rows`: of every task up to this one."""
-    model = load_backbone(folder, family, dtype=torch.float32)
+    model = load_backbone(folder, family, dtype=dtype)
     rows = rows or [rows_of(index, family) for index in range(1, task + 1)]
     targets = target_modules(model, family, "all_linear")
-    merge(model, folder, targets, method.frozen())
+    merge(model, folder, targets, method.frozen(), method.matrices())
     return Context(
         model,
         ranks=Alone(0, 1, torch.device("cpu")),
@@ -55,8 +67,10 @@ def context(
         targets=targets,
         task_index=task,
         examples=rows[task - 1],
-        micro_batch_size=TRAINING.micro_batch_size,
-        seed=7,
+        micro_batch_size=training.micro_batch_size,
+        seed=SEED,
+        steps=plan_task(rows[task - 1], training, Batching(), seed=SEED, task_index=task),
+        checkpoint=Checkpoint(folder),
         earlier=rows[: task - 1],
     )
 
@@ -81,23 +95,34 @@ class Alone(Ranks):
 
 
 def learn(
-    folder: Path, family: str, method: Any, task: int, *, training: Training = TRAINING, rows: Any = None
+    folder: Path,
+    family: str,
+    method: Any,
+    task: int,
+    *,
+    training: Training = TRAINING,
+    rows: Any = None,
+    dtype: torch.dtype = torch.float32,
+    checkpointing: bool = False,
 ) -> dict[str, Tensor]:
     """One task from its start to its end; the method has taken what it trained."""
-    ctx = context(folder, family, method, task, rows)
-    method.begin_task(ctx)
-    ctx.model.train()
+    ctx = context(folder, family, method, task, rows, training=training, dtype=dtype)
+    with Float64() if dtype == torch.float64 else nullcontext():  # GORP runs backward before training
+        method.begin_task(ctx)
+    prepare_for_training(ctx.model, gradient_checkpointing=checkpointing)
     if any(parameter.requires_grad for parameter in ctx.model.parameters()):
         accumulation = training.global_batch_size // training.micro_batch_size
-        ctx.started(PlainEngine(LabelLoss(ctx.model, family), training, accumulation=accumulation))
+        module = LabelLoss(ctx.model, family)
+        ctx.started(PlainEngine(module, training, accumulation=accumulation, groups=method.groups()))
+        method.engine_started(ctx)
         train_task(
             ctx,
             method,
-            plan_task(ctx._examples, training, Batching(), seed=7, task_index=task),
+            ctx._steps,
             training,
             name=f"task {task}",
             examples=ctx._examples,
-            seed=7,
+            seed=SEED,
             log=RunLog(None, console=False),
             stop=StopRequest(),
         )

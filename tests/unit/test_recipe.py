@@ -484,6 +484,18 @@ OTHER = [
     "method=pegp adapter=bottleneck",
     "method=pegp adapter=bottleneck adapter.width=8",
     "method=pegp adapter=prompt adapter.length=8",
+    "method=gorp method.mode=literal",
+    "method=gorp method.parts=B",
+    "method=gorp method.lora=per_task",
+    "method=gorp method.gradient_space=mean_gradient",
+    "method=gorp method.project_b=false",
+    "method=gorp method.full_rank_modules=[wo]",
+    "method=gorp method.full_rank_lr=1e-4",
+    "method=gorp method.core_rank=4",
+    "method=gorp method.core_scale=2",
+    "method=gorp method.refresh_every=5",
+    "method=gorp method.refresh_moments=keep",
+    "method=gorp method.svd=exact",
 ]
 ONE_VALUE = {"model.quantization", "training.optimizer", "evaluation.decoding", "evaluation.unseen"} | {
     "evaluation.references"

@@ -1,0 +1,265 @@
+"""What GORP costs: `python benchmarks/gorp.py [step|layers|naive|memory|flops|all]`; see README.md here."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # `python benchmarks/gorp.py` puts this folder first; ours start at the repository.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import copy
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import gorp_costs, gorp_layers
+from benchmarks.pairs import Report, compare_built, table, write_json
+from benchmarks.tasks import SETTINGS, STREAM, Batch, Bench, PlainTraining
+from data_prep.errors import UserError
+from pipeline.adapters.core import CoreLinear
+from pipeline.models import skeleton
+from pipeline.projection.sketch import Sketch
+
+MODELS = ("mini_t5", "mini_llama2")
+WINDOW = SETTINGS["gorp"].refresh_every  # steps: with one refresh
+MEMORY_STEPS = 15  # of each old task: beyond Adam's horizon of ten, as its first moment is at a real task's end
+REFRESH = "refresh, on the host beside the masters"
+Work = Callable[[int], object]
+
+
+class Streams:
+    """Methods as they stand before their second task and before the stream's last."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.bench = Bench(model, ["dbpedia", "SST-2", "agnews"])
+        self._between = Bench(model, STREAM[1:-1], order="order4")  # whose prompts have room for MultiRC
+        self._after: dict[tuple[str, int], Any] = {}
+
+    def plain(self) -> Any:
+        """`inclora`."""
+        return self.bench.method("inclora")
+
+    def after(self, name: str, tasks: int) -> Any:
+        """The method after so many tasks; GORP has learnt each a little, O-LoRA's old factors may be any."""
+        if (name, tasks) not in self._after:
+            method = self.bench.method(name) if tasks == 1 else copy.deepcopy(self.after(name, tasks - 1))
+            bench = self.bench if tasks == 1 else self._between
+            bench.remember(method, STREAM[tasks - 1], tasks, steps=MEMORY_STEPS if name == "gorp" else 0)
+            self._after[name, tasks] = method
+        return self._after[name, tasks]
+
+    def begin(self, method: Any, task: str, index: int) -> PlainTraining:
+        """A copy of the method at the start of a task."""
+        return self.bench.begin(copy.deepcopy(method), task, index)[1]
+
+    def batches(self, training: PlainTraining, task: str, micro_batch: int) -> list[list[Batch]]:
+        """An epoch's steps."""
+        return self.bench.steps(training.ctx, task, micro_batch=micro_batch)
+
+    def longest(self, task: str, micro_batch: int) -> list[Batch]:
+        """The step of most positions."""
+        steps = self.batches(self.begin(self.plain(), task, 2), task, micro_batch)
+        return max(steps, key=lambda step: max(batch["input_ids"].numel() for batch in step))
+
+
+def step(report: Report, streams: Streams, pairs: int) -> None:
+    """The mean step, refreshes included: against `inclora`, and at task 15 against task 2; `olora` beside it."""
+    plain, gorp, late = streams.plain(), streams.after("gorp", 1), streams.after("gorp", 14)
+    olora, late_olora = streams.after("olora", 1), streams.after("olora", 14)
+    _state_memory(report, streams.model, late)
+    last = len(STREAM)
+    for task, micro_batch in (("agnews", 16), ("agnews", 8), ("SST-2", 16), ("SST-2", 8)):
+        sides = (gorp, 2), (plain, 2)
+        _windows(report, streams, "gorp / inclora", task, micro_batch, *sides, pairs=pairs, goal=1.10)
+    _windows(report, streams, "inclora / inclora (noise)", "agnews", 16, (plain, 2), (plain, 2), pairs=pairs)
+    _windows(report, streams, "gorp at task 15 / at 2", "agnews", 16, (late, last), (gorp, 2), pairs=pairs, goal=1.02)
+    _windows(report, streams, "olora at task 2 / inclora", "agnews", 16, (olora, 2), (plain, 2), pairs=pairs)
+    _windows(report, streams, "olora at task 15 / inclora", "agnews", 16, (late_olora, last), (plain, 2), pairs=pairs)
+
+
+def naive(report: Report, streams: Streams, pairs: int) -> None:
+    """The same method with `svd: exact`, which forms G: what sketches save, against `inclora`."""
+    plain, exact = streams.plain(), copy.deepcopy(streams.after("gorp", 1))
+    exact.settings = exact.settings.model_copy(update={"svd": "exact"})
+    _windows(report, streams, "gorp, svd exact / inclora", "agnews", 16, (exact, 2), (plain, 2), pairs=pairs)
+
+
+def _windows(
+    report: Report,
+    streams: Streams,
+    name: str,
+    task: str,
+    micro_batch: int,
+    first: tuple[Any, int],
+    second: tuple[Any, int],
+    *,
+    pairs: int,
+    goal: float | None = None,
+) -> None:
+    """Both train on the same ten steps, by turns: one refresh in each pair."""
+
+    def build() -> tuple[Work, Work]:
+        one, other = (streams.begin(method, task, index) for method, index in (first, second))
+        batches = streams.batches(one, task, micro_batch)
+
+        def on(training: PlainTraining) -> Work:
+            def window(index: int) -> None:
+                for number in range(index * WINDOW, (index + 1) * WINDOW):
+                    training.step(batches[number % len(batches)])
+
+            return window
+
+        return on(one), on(other)
+
+    title = f"{streams.model}: 10 steps, {task}, {16 // micro_batch} x {micro_batch}: {name}"
+    count = max(pairs // (8 if goal is not None else 16), 2)
+    report.add(compare_built(title, build, pairs=count, builds=min(count, 8), goal=goal, warm_up=1))
+
+
+def _state_memory(report: Report, model: str, gorp: Any) -> None:
+    spaces: dict[str, list[float]] = {}
+    for name in gorp.memory:
+        spaces.setdefault(name[-1], []).append(gorp.memory[name].rank)
+    ranks = {part: round(sum(found) / len(found), 1) for part, found in spaces.items()}
+    report.state(f"{model}: mean directions of A, B and cores after 14 tasks", ranks)
+    report.state(f"{model}: bytes of all bases after 14 tasks", gorp.memory.bytes)
+
+
+def memory(report: Report, streams: Streams, _: int) -> None:
+    """Peak bytes of a step on the device, and of a refresh on the host."""
+    model = streams.model
+    plain, gorp, late = streams.plain(), streams.after("gorp", 1), streams.after("gorp", 14)
+    for micro_batch in (16, 8):
+        title = f"{model}: peak bytes of a step, agnews, {16 // micro_batch} x {micro_batch}"
+        batches = streams.longest("agnews", micro_batch)
+        base = _peaks(streams, plain, 2, batches)["step"]
+        found = {"inclora": base}
+        for name, method, index in (("gorp at task 2", gorp, 2), ("gorp at task 15", late, len(STREAM))):
+            peaks = _peaks(streams, method, index, batches)
+            found |= {f"{name}, {part}": peak for part, peak in peaks.items()}
+            ratio = max(peak for part, peak in peaks.items() if part != REFRESH) / base
+            verdict = "met" if ratio <= 1.10 else "missed"
+            report.state(f"{title}: {name} / inclora", f"{ratio:.3f} (goal 1.10: {verdict})")
+        report.state(title, found)
+    sizes = gorp_costs.bytes_of(_backbone(streams.bench, gorp))
+    report.state(f"{model}: bytes", {key: round(value) for key, value in sizes.items()})
+
+
+def _backbone(bench: Bench, gorp: Any) -> gorp_costs.Backbone:
+    """The layers of a mini; nothing that is asked of it here depends on tokens."""
+    model = skeleton(bench.workload.model_folder, bench.recipe.model.family)
+
+    def shapes(names: Sequence[str]) -> list[gorp_costs.Layers]:
+        layers: list[Any] = [model.get_submodule(name) for name in names]
+        return [gorp_costs.Layers(1, layer.in_features, layer.out_features, tokens=0) for layer in layers]
+
+    return gorp_costs.Backbone(bench.name, shapes(gorp.kind.targets), shapes(gorp.kind.cores), micro_batches=1)
+
+
+def _peaks(streams: Streams, method: Any, index: int, batches: list[Batch]) -> dict[str, int]:
+    """All bytes that lie on the device in a step, at the most, and those that the work after it takes."""
+    training = streams.begin(method, "agnews", index)
+    peaks = {}
+    for number in range(1, WINDOW + 1):
+        if number in (WINDOW // 2, WINDOW):
+            kind = "window's last step" if number == WINDOW else "step"
+            peaks[kind] = _peak(training, batches)
+            peaks[REFRESH] = gorp_costs.peak_bytes(training.finish)
+        else:
+            training.step(batches)
+    return peaks
+
+
+def _peak(training: PlainTraining, micro_batches: list[Batch]) -> int:
+    standing = gorp_costs.resident_bytes(list(_on_device(training)))
+    return standing + gorp_costs.peak_bytes(lambda: training.learn(micro_batches))
+
+
+def _on_device(training: PlainTraining) -> Iterator[Tensor]:
+    """What a device holds between steps; masters and the memory lie on the host."""
+    yield from training.module.parameters()
+    yield from training.module.buffers()
+    for state in training.optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))
+    for group in training.module._together._groups or ():
+        yield from (group.starts, group.matrices)
+    for layer in training.module.modules():
+        for sums in layer.collecting if isinstance(layer, CoreLinear) else ():
+            assert isinstance(sums, Sketch)
+            yield from (sums._Omega, sums._Psi, *sums.sums.values())
+
+
+def flops(report: Report, streams: Streams, _: int) -> None:
+    """Operations of a step by torch's counter."""
+    methods = {
+        "inclora": (streams.plain(), 2),
+        "olora at task 2": (streams.after("olora", 1), 2),
+        "olora at task 15": (streams.after("olora", 14), len(STREAM)),
+        "gorp at task 2": (streams.after("gorp", 1), 2),
+        "gorp at task 15": (streams.after("gorp", 14), len(STREAM)),
+    }
+    found: dict[str, int] = {}
+    batches = streams.longest("agnews", 16)
+    for name, (method, index) in methods.items():
+        training = streams.begin(method, "agnews", index)
+        counts = [gorp_costs.counted(lambda: training.step(batches)) for _ in range(WINDOW)]  # noqa: B023
+        found[name] = sum(counts) // WINDOW
+        if name.startswith("gorp"):
+            found[f"{name}, its plain steps"] = counts[0]
+    report.state(f"{streams.model}: operations of a mean step, agnews, 1 x 16 (counted; SVDs are not)", found)
+
+
+def costs(report: Report, what: str) -> None:
+    """By formula, for the large backbones."""
+    for backbone in gorp_costs.LARGE:
+        if what in ("flops", "all"):
+            for task in (2, 15):
+                found = gorp_costs.constraint_operations(backbone, task)
+                rounded = {key: f"{value:.3g}" for key, value in found.items()}
+                report.state(f"{backbone.name}: operations of a mean step at task {task}", rounded)
+        if what in ("memory", "all"):
+            sizes = {key: round(value) for key, value in gorp_costs.bytes_of(backbone).items()}
+            report.state(f"{backbone.name}: bytes", sizes)
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python benchmarks/gorp.py", description=__doc__)
+    parts = ("step", "layers", "naive", "memory", "flops", "all")
+    parser.add_argument("what", nargs="?", default="all", choices=parts)
+    parser.add_argument("--model", choices=MODELS, help="both by default")
+    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of each start and stop
+    report = Report()
+    print(table([]), flush=True)
+    try:
+        for model in [options.model] if options.model else MODELS:
+            chosen = [part for part in (step, naive, memory, flops) if options.what in (part.__name__, "all")]
+            streams = Streams(model) if chosen else None
+            for part in chosen:
+                assert streams is not None
+                part(report, streams, options.pairs)
+        costs(report, options.what)
+        if options.what in ("layers", "all"):
+            gorp_layers.layers(report, options.pairs)
+        if options.what in ("naive", "all"):
+            gorp_layers.naive(report)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        arguments = {key: value for key, value in vars(options).items() if key != "json"}
+        write_json(options.json, report.ratios, report.stated, arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
