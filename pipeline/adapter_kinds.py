@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -13,9 +15,12 @@ from pipeline.adapters.core import CoreLoraKind
 from pipeline.adapters.lora import LoraKind
 from pipeline.adapters.prefix import PrefixKind
 from pipeline.adapters.prompt import PromptKind
+from pipeline.adapters.triplet import TripletKind
 from pipeline.attention import prefix_kind
 from pipeline.models import feed_forward_blocks, full_rank_modules, target_modules
-from pipeline.recipe import Adapter, Gorp, LoraAdapter, MethodSettings
+from pipeline.recipe import Adapter, Gorp, LbCl, LoraAdapter, MethodSettings
+
+_DECODER_BLOCK = re.compile(r"^(?:decoder\.block|model\.layers)\.(\d+)\.")
 
 
 def adapter_kind(settings: Adapter, model: nn.Module, family: str, method: MethodSettings | None = None) -> AdapterKind:
@@ -30,12 +35,35 @@ def adapter_kind(settings: Adapter, model: nn.Module, family: str, method: Metho
         case "lora":
             targets = target_modules(model, family, settings.target_modules)
             return LoraKind(targets, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout)
+        case "triplet":
+            targets = target_modules(model, family, settings.target_modules)
+            assert isinstance(method, LbCl)
+            reached = layers_reached(targets, method.layers)
+            return TripletKind(targets, reached, rank=settings.rank, scale=settings.scale, dropout=settings.dropout)
         case "bottleneck":
             return BottleneckKind(feed_forward_blocks(model, family), width=settings.width)
         case "prompt":
             return PromptKind(length=settings.length)
         case "prefix":
             return prefix_kind(settings.length)
+
+
+def layers_reached(layers: Sequence[str], which: str) -> list[str]:
+    """The layers that LB-CL's old triplets are injected into: "all", or "top_<k>", those of the last k decoder blocks.
+
+    `UserError` where the model has fewer of them.
+    """
+    if which == "all":
+        return list(layers)
+    count = int(which.removeprefix("top_"))
+    places = {name: int(found[1]) for name in layers if (found := _DECODER_BLOCK.match(name))}
+    blocks = sorted(set(places.values()))
+    if count > len(blocks):
+        raise UserError(
+            f"method.layers: {which}, but the decoder blocks with adapters number {len(blocks)}; legal are top_1 to "
+            f"top_{len(blocks)}, and all"
+        )
+    return [name for name, block in places.items() if block in blocks[-count:]]
 
 
 def _with_cores(settings: LoraAdapter, method: Gorp, model: nn.Module, family: str) -> CoreLoraKind:
@@ -96,8 +124,9 @@ def trainable_parameters(kind: AdapterKind, model: nn.Module) -> int:
     config: Any = model.config
     if isinstance(kind, LoraKind):
         layers: list[Any] = [model.get_submodule(name) for name in kind.targets]
-        cores = len(kind.cores) * kind.core_rank**2 if isinstance(kind, CoreLoraKind) else 0
-        return cores + sum(kind.rank * int(layer.in_features + layer.out_features) for layer in layers)
+        more = len(kind.cores) * kind.core_rank**2 if isinstance(kind, CoreLoraKind) else 0
+        more += len(layers) * kind.rank if isinstance(kind, TripletKind) else 0
+        return more + sum(kind.rank * int(layer.in_features + layer.out_features) for layer in layers)
     if isinstance(kind, BottleneckKind):
         return len(kind.blocks) * 2 * kind.width * int(config.hidden_size)
     if isinstance(kind, PromptKind):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from data_prep.batches import IGNORED, PADDING_ROW, Example, Family, collate
 from pipeline.checkpoints import Checkpoint
 from pipeline.engine import Ranks, TaskEngine
-from pipeline.models import LabelLoss
+from pipeline.models import LabelLoss, recomputing
 from pipeline.seeds import generator
 
 Value = TypeVar("Value")
@@ -172,7 +172,8 @@ class Context:
         # With every weight frozen, only a differentiable input makes autograd reach the layers.
         module.backbone.enable_input_require_grads()
         try:
-            yield module
+            with recomputing(self.model):
+                yield module
         finally:
             module.backbone.disable_input_require_grads()
 

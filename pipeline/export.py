@@ -21,6 +21,7 @@ from data_prep.errors import UserError
 from data_prep.files import TEMPORARY
 from data_prep.orders import near_name
 from pipeline.adapters.lora import Factors, from_tensors
+from pipeline.adapters.triplet import stage_factors
 from pipeline.recipe import SYNTHETIC, Recipe
 from pipeline.stage_files import MANIFEST, DamagedStageError, verified_manifest
 from pipeline.stages import Stage
@@ -154,6 +155,11 @@ def _content(wanted: Export, recipe: Recipe, stage: Callable[[int], Stage], last
 
     tensors = stage(last).load_trained()
     matrices = {name.removesuffix(".W"): tensors.pop(name) for name in sorted(tensors) if name.endswith(".W")}
+    if matrices and wanted.part == "task":
+        raise UserError(
+            f"--part task: the method {recipe.method.name} changed whole weights, such as {min(matrices)}, which hold "
+            "all tasks up to there; leave --part out"
+        )
     if matrices and not wanted.merged:
         raise UserError(
             f"{wanted.run_dir}: the method {recipe.method.name} changed {len(matrices)} whole weights, such as "
@@ -169,7 +175,8 @@ def _content(wanted: Export, recipe: Recipe, stage: Callable[[int], Stage], last
     alone = wanted.part == "task" or trains_one_lora(recipe)
     updates: dict[str, list[Factors]] = {}
     for index in [last] if alone else range(1, last + 1):
-        for layer, factors in from_tensors(stage(index).load_trained()).items():
+        trained = stage(index).load_trained()
+        for layer, factors in (from_tensors(trained) | stage_factors(trained)).items():
             updates.setdefault(layer, []).append(factors)
     if wanted.merged:
         from pipeline.export_merged import merged_backbone

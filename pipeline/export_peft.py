@@ -19,7 +19,7 @@ from pipeline.adapters.lora import Factors
 from pipeline.stage_files import pack_tensors
 
 TASK_TYPES: Mapping[str, str] = {"t5": "SEQ_2_SEQ_LM", "llama2": "CAUSAL_LM"}
-_ENDINGS = {"A": "lora", "B": "lora", "scale": "lora"} | {"down": "bottleneck", "up": "bottleneck"}
+_ENDINGS = dict.fromkeys(("A", "B", "U", "sigma", "V", "scale"), "lora") | {"down": "bottleneck", "up": "bottleneck"}
 _ENDINGS |= {"prompt": "prompt", "key": "prefix", "value": "prefix"}
 
 
@@ -44,7 +44,7 @@ class PeftAdapter(NamedTuple):
 
 
 def kind_of(names: Iterable[str]) -> str | None:
-    """The kind of adapter that trained tensors of these names make up: lora, bottleneck, prompt or prefix.
+    """The kind of adapter that trained tensors of these names make up: lora (triplets too), bottleneck, prompt, prefix.
 
     None for no names at all (a task whose layers had no free direction left), or for names of no kind we know.
     """

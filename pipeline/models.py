@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,7 +173,7 @@ def full_rank_modules(model: nn.Module, family: str, chosen: Sequence[str] | Non
     for word in wanted:
         of_word = [name for name in linear if name == word or name.endswith(f".{word}")]
         if not of_word:
-            legal = sorted({name.rpartition(".")[2] for name in linear})
+            legal = sorted({name.rpartition(".")[2] for name in linear if name != FAMILIES[family].head})
             raise UserError(
                 f"method.full_rank_modules: {word!r} ends no linear layer's name in this model; legal are ends of "
                 f"names such as {', '.join(legal)}, or [] for none"
@@ -184,6 +185,11 @@ def full_rank_modules(model: nn.Module, family: str, chosen: Sequence[str] | Non
             raise UserError(
                 f"method.full_rank_modules: {name} is the output head or shares its weight with another module, which "
                 "would change with it; choose other layers"
+            )
+        if not linear[name].weight.is_floating_point():
+            raise UserError(
+                f"method.full_rank_modules: {name} is quantized, and what the cores learn is merged into the weight "
+                "itself; use an unquantized backbone, or [] for none"
             )
     return [name for name in linear if name in found]
 
@@ -242,3 +248,19 @@ def prepare_for_training(model: nn.Module, *, gradient_checkpointing: bool) -> N
         # transformers 5.23 warns of the old name; older releases know no other.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Inside, a model in evaluation mode recomputes activations where it was told to (`prepare_for_training`).
+
+    The blocks that run their layers again do so in training mode alone; dropout is none of theirs, and stays off.
+    """
+    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    try:
+        for block in blocks:
+            block.training = True
+        yield
+    finally:
+        for block in blocks:
+            block.training = False

@@ -19,6 +19,7 @@ from pipeline.recipe_groups import (
     Adapter,
     AdapterTraining,
     Batching,
+    Constrained,
     CustomTask,
     Data,
     Engine,
@@ -26,6 +27,7 @@ from pipeline.recipe_groups import (
     Gorp,
     Group,
     IncLora,
+    LbCl,
     LoraAdapter,
     MethodSettings,
     Model,
@@ -37,6 +39,7 @@ from pipeline.recipe_groups import (
     SeqLora,
     TaskTraining,
     Training,
+    TripletAdapter,
 )
 from pipeline.recipe_names import name_faults
 from pipeline.recipe_paths import resolve_paths
@@ -47,6 +50,7 @@ __all__ = [
     "Adapter",
     "AdapterTraining",
     "Batching",
+    "Constrained",
     "CustomTask",
     "Data",
     "Engine",
@@ -54,6 +58,7 @@ __all__ = [
     "Gorp",
     "Group",
     "IncLora",
+    "LbCl",
     "LoraAdapter",
     "MethodSettings",
     "Model",
@@ -66,6 +71,7 @@ __all__ = [
     "SeqLora",
     "TaskTraining",
     "Training",
+    "TripletAdapter",
 ]
 
 
@@ -84,9 +90,27 @@ class Recipe(Group):
     output: Output = Output()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_adapter(cls, raw: object) -> object:
+        """LB-CL's own adapter where `adapter.kind` is null: LoRA's alpha is left out, since triplets have a scale."""
+        method, adapter = (raw.get(key) or {} for key in ("method", "adapter")) if isinstance(raw, dict) else ({}, {})
+        if not isinstance(method, dict) or method.get("name") != "lbcl" or not isinstance(adapter, dict):
+            return raw
+        if adapter.get("kind") is not None:
+            return raw
+        assert isinstance(raw, dict)
+        own = {key: value for key, value in adapter.items() if key != "alpha"}
+        return {**raw, "adapter": {**own, "kind": "triplet"}}
+
     @model_validator(mode="after")
     def _fitting_adapter(self) -> Self:
         kind = self.adapter.kind
+        if (kind == "triplet") != (self.method.name == "lbcl"):
+            raise ValueError(
+                f"adapter.kind: {kind} does not go with {self.method.name}: triplets are lbcl's alone, and it trains "
+                "nothing else; leave adapter.kind out for the method's own"
+            )
         if kind != "lora" and self.method.name in ("inclora", "olora"):
             raise ValueError(
                 f"adapter.kind: {kind} is one module through the stream, and {self.method.name} needs a new LoRA for "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -26,6 +27,12 @@ def _share(value: float) -> float:
 def _rank(value: int | float) -> int | float:
     if value <= 0 or (isinstance(value, float) and value >= 1):
         raise ValueError(f"{value} is neither a number of directions (1, 2, ...) nor a share of the width in (0, 1)")
+    return value
+
+
+def _layers(value: str) -> str:
+    if not re.fullmatch(r"all|top_[1-9][0-9]*", value):
+        raise ValueError(f"{value!r} is neither all nor top_<k>, such as top_4: the last k decoder blocks")
     return value
 
 
@@ -154,12 +161,17 @@ class OLora(AdapterTraining):
         return True
 
 
-class Projecting(AdapterTraining):
+class Constrained(AdapterTraining):
     """A method that keeps updates outside protected subspaces."""
 
     name: str
     mode: Literal["corrected", "literal"] = "corrected"
     project: Annotated[Literal["exact", "gradient", "off"], BeforeValidator(_word_off)] = "exact"
+
+
+class Projecting(Constrained):
+    """One whose subspaces grow by the energy of what old tasks depend on."""
+
     lora: Literal["per_task", "shared"] = "per_task"
     energy: Energy = 0.95
     max_rank: Annotated[int | float, AfterValidator(_rank)] | None = None  # directions, or a share of the width
@@ -232,8 +244,55 @@ class Gorp(Projecting):
             return {"project": "gradient", "project_b": False, "refresh_moments": "keep"} | raw
         return raw
 
+    @model_validator(mode="after")
+    def _literal_moments(self) -> Self:
+        if self.mode == "literal" and self.gradient_space == "hidden_features":
+            raise ValueError(
+                "gradient_space: hidden_features has no literal form, whose core is projected against a space of its "
+                "own moments; set mode: corrected, or another gradient_space"
+            )
+        if "L" in self.parts and self.full_rank_modules == []:
+            raise ValueError(f"full_rank_modules: none, but parts {self.parts} trains them; name some, or leave L out")
+        return self
 
-MethodSettings = Annotated[SeqLora | IncLora | OLora | Pegp | Gorp, Field(discriminator="name")]
+
+class LbCl(Constrained):
+    """Triplets injected from old tasks, trained outside their singular vectors (methods.md section 4)."""
+
+    name: Literal["lbcl"]  # mode literal: the sum of pairwise projections on gradients, plain averages
+    init: Literal["with_sigma", "without_sigma", "random", "copy"] = "with_sigma"
+    projection: Literal["joint", "sum"] = "joint"  # sum: the paper's, on gradients alone
+    align: Literal["signs", "hungarian", "none"] = "signs"
+    sensitivity: Literal["batch", "per_sample"] = "batch"
+    seed_samples: Positive = 8  # of the new task
+    layers: Annotated[str, AfterValidator(_layers)] = "all"  # into which of them old triplets are injected
+    gamma: Weight = 0.1  # of the regulariser that keeps U and V near orthonormal
+    sigma_lr: Rate | None = None  # null: training.learning_rate
+
+    @property
+    def new_lora_each_task(self) -> bool:
+        """Always."""
+        return True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _literal(cls, raw: object) -> object:
+        """`mode: literal` sets the paper's values of keys that are not given."""
+        if isinstance(raw, dict) and raw.get("mode") == "literal":
+            return {"project": "gradient", "projection": "sum", "align": "none"} | raw
+        return raw
+
+    @model_validator(mode="after")
+    def _projects_gradients(self) -> Self:
+        if self.projection == "sum" and self.project == "exact":
+            raise ValueError(
+                "projection: sum is taken off gradients and no projection of a tensor; set project: gradient, or "
+                "projection: joint"
+            )
+        return self
+
+
+MethodSettings = Annotated[SeqLora | IncLora | OLora | Pegp | Gorp | LbCl, Field(discriminator="name")]
 
 
 class LoraAdapter(Group):
@@ -242,6 +301,16 @@ class LoraAdapter(Group):
     kind: Literal["lora"] = "lora"
     rank: Positive = 8
     alpha: Rate = 32
+    dropout: Share = 0.1
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all_linear"] | None = None
+
+
+class TripletAdapter(Group):
+    """A branch `scale U diag(sigma) V` beside linear layers."""
+
+    kind: Literal["triplet"]
+    rank: Positive = 8
+    scale: Rate = 4.0  # the same for every rank; 1 is the paper's
     dropout: Share = 0.1
     target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all_linear"] | None = None
 
@@ -268,12 +337,14 @@ class PrefixAdapter(Group):
 
 
 def _own_kind(raw: object) -> object:
-    """`kind` missing or null: the method's own, which is LoRA for every method there is."""
+    """`kind` missing or null: LoRA; `recipe.with_own_adapter` has seen to methods that train another."""
     return {**raw, "kind": "lora"} if isinstance(raw, dict) and raw.get("kind") is None else raw
 
 
 Adapter = Annotated[
-    Annotated[LoraAdapter | BottleneckAdapter | PromptAdapter | PrefixAdapter, Field(discriminator="kind")],
+    Annotated[
+        LoraAdapter | TripletAdapter | BottleneckAdapter | PromptAdapter | PrefixAdapter, Field(discriminator="kind")
+    ],
     BeforeValidator(_own_kind),
 ]
 

@@ -133,6 +133,7 @@ class Stream:
         """Train one task and publish its stage; returns its trained tensors."""
         recipe, method, clock = self.recipe, self.method, _Clock()
         ctx = self._context(task)
+        prepare_for_training(ctx.model, gradient_checkpointing=recipe.engine.gradient_checkpointing)
         method.begin_task(ctx)
         engine = self._start_engine(ctx, task)
         summary = TaskSummary(steps=0, last_loss=math.nan)
@@ -216,7 +217,6 @@ class Stream:
     def _start_engine(self, ctx: Context, task: StreamTask) -> TaskEngine | None:
         """Hand the model with its adapter to DeepSpeed; None where nothing in it is to be trained."""
         recipe = self.recipe
-        prepare_for_training(ctx.model, gradient_checkpointing=recipe.engine.gradient_checkpointing)
         trained = [parameter for parameter in ctx.model.parameters() if parameter.requires_grad]
         count = sum(parameter.numel() for parameter in trained)
         # The most of any task: the complement form and closed layers train less.

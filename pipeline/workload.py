@@ -162,6 +162,11 @@ def _read(recipe: Recipe, folder: Path, model_fingerprint: str) -> Workload:
                 f"training.warmup_steps: {warmup} steps of warm-up, but task {task.name} has {steps} steps in all and "
                 "would never reach its learning rate; choose fewer"
             )
+        seeds = getattr(recipe.method, "seed_samples", 0)
+        if seeds > len(task.train):
+            raise UserError(
+                f"method.seed_samples: {seeds}, but task {task.name} has {len(task.train)} training rows; choose fewer"
+            )
     return workload
 
 

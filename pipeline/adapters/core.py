@@ -60,8 +60,14 @@ class CoreLinear(nn.Module):
         core = F.linear(F.linear(F.linear(x, self.Vt), self.C), self.U)
         output: Tensor = self.base(x) + self.alpha * core
         if self.collecting and torch.is_grad_enabled():
-            output = _Seen.apply(output, x, self.collecting)  # type: ignore[no-untyped-call]
+            output = backward_seen(output, x, self.collecting)
         return output
+
+
+def backward_seen(y: Tensor, x: Tensor, collecting: Sequence[Collects]) -> Tensor:
+    """A layer's output y, whose backward tells `collecting` of the layer's input x and of the gradient of y."""
+    seen: Tensor = _Seen.apply(y, x, collecting)  # type: ignore[no-untyped-call]
+    return seen
 
 
 class _Seen(torch.autograd.Function):

@@ -6,6 +6,7 @@ from typing import Any
 from pipeline.methods.base import Method, TaskContext
 from pipeline.methods.gorp import ProjectedByGradients
 from pipeline.methods.inclora import IncrementalLora
+from pipeline.methods.lbcl import InjectedTriplets
 from pipeline.methods.olora import OrthogonalLora
 from pipeline.methods.pegp import ProjectedByFeatures
 from pipeline.methods.seqlora import SequentialAdapter
@@ -16,6 +17,7 @@ METHODS: Mapping[str, type[Method[Any]]] = {
     "olora": OrthogonalLora,
     "pegp": ProjectedByFeatures,
     "gorp": ProjectedByGradients,
+    "lbcl": InjectedTriplets,
 }
 
 __all__ = ["METHODS", "Method", "TaskContext"]

@@ -33,7 +33,7 @@ class AdapterMethod(Method[Settings]):
 
     def __init__(self, settings: Settings, kind: AdapterKind, *, task_count: int) -> None:
         super().__init__(settings, kind, task_count=task_count)
-        self.per_task = kind.name == "lora" and settings.new_lora_each_task
+        self.per_task = isinstance(kind, LoraKind) and settings.new_lora_each_task
         self._past: list[Mapping[str, Tensor]] = []  # finished tasks' tensors; of one adapter, its state alone
 
     def trained(self, ctx: TaskContext, starts: Mapping[str, Tensor]) -> dict[str, Trained]:

@@ -42,12 +42,12 @@ class CoreUpdates:
         protected: Mapping[str, Protected],
         measured: Mapping[str, Protected],
     ) -> None:
-        """`masters`: the weights as the task finds them."""
+        """`masters`: the weights as the task finds them, which are changed in place."""
         self._ctx, self._settings = ctx, settings
         self._generator = ctx.generator("sketch")
         apart = ctx.generator("mean sketch")  # else bases would depend on what spaces are made of
         self._cores = {
-            name: _Core(layer, masters[name].clone(), protected[name], measured[name], _nothing(layer, measured[name]))
+            name: _Core(layer, masters[name], protected[name], measured[name], _nothing(layer, measured[name]))
             for name, layer in layers.items()
         }
         self._sums: dict[str, GradientSum] = {}
@@ -93,8 +93,8 @@ class CoreUpdates:
     def leak(self, name: str, change: float) -> float | None:
         """The share of the lifted updates inside the protected space; None where none was protected.
 
-        Of the updates, added up in float64, not of `W_end - W_start`, whose rounding would drown it; `change` is
-        that difference's norm.
+        Of the updates, added up in float64, not of `W_end - W_start`, whose rounding would drown it. `change` is that
+        difference's norm: updates so small that rounding swallows them count as larger than they are.
         """
         core = self._cores[name]
         if core.inside.numel() == 0:
@@ -163,7 +163,7 @@ class CoreUpdates:
                 continue
             left, right = self._settings.core_scale * core.U.double() @ C, core.V.double()
             core.inside += _inside(left, right, core.measured)
-            core.master += (left @ right.mT).to(core.master.dtype)
+            core.master.addmm_(left.to(core.master), right.mT.to(core.master))  # no second matrix of W's size
             self._ctx.write_frozen(core.layer.weight, core.master)
             self._ctx.write(core.layer.C, torch.zeros_like(C))
 

@@ -19,7 +19,7 @@ from pipeline.methods.adapter_method import Finished
 from pipeline.methods.base import TaskContext
 from pipeline.methods.core_updates import GROUP, CoreUpdates
 from pipeline.methods.feature_pass import feature_sample, measure, probe
-from pipeline.methods.projecting import ProjectingMethod
+from pipeline.methods.projecting import GrowingMethod
 from pipeline.optimizer_groups import ParameterGroup
 from pipeline.projection.guard import Guard
 from pipeline.projection.moments import GradientSums, moment_columns
@@ -29,7 +29,7 @@ from pipeline.recipe import Gorp
 SMALL_SPACES = (".h", ".S")  # of r or k dimensions, which no `max_rank` caps
 
 
-class ProjectedByGradients(ProjectingMethod[Gorp]):
+class ProjectedByGradients(GrowingMethod[Gorp]):
     """LoRA shared or per task, and full-rank cores, projected against the gradient spaces of finished tasks.
 
     Spaces: "<layer>.A" in R^d_in, "<layer>.B" and "<layer>.C" (the core's, lifted) in R^d_out, "<layer>.S" in R^k (the
@@ -62,7 +62,7 @@ class ProjectedByGradients(ProjectingMethod[Gorp]):
             spaces = {name: self._core_space(name, layer.shape) for name, layer in layers.items()}
             free = dict.fromkeys(spaces, Protected())
             wide = {name: torch.promote_types(layer.C.dtype, torch.float32) for name, layer in layers.items()}
-            masters = {name: self._weight(ctx, name).to(dtype) for name, dtype in wide.items()}
+            masters = {name: self._weight(ctx, name).to(dtype, copy=True) for name, dtype in wide.items()}
             projecting = self.settings.project != "off" and not self._literal
             self._cores = CoreUpdates(
                 ctx, self.settings, layers, masters, protected=spaces if projecting else free, measured=spaces
@@ -109,7 +109,7 @@ class ProjectedByGradients(ProjectingMethod[Gorp]):
         if self.settings.project == "off":
             return True
         layer = core.removesuffix(".C")
-        name = layer if self._features else f"{layer}.S" if self._literal else core
+        name = self.memory.leader(layer if self._features else f"{layer}.S" if self._literal else core)
         return name not in set(self.memory) or self.memory[name].free > 0
 
     def _project_gradients(self) -> None:

@@ -14,14 +14,14 @@ from pipeline.adapters.base import AdapterKind, Trained
 from pipeline.methods.adapter_method import Finished
 from pipeline.methods.base import TaskContext
 from pipeline.methods.feature_pass import feature_sample, measure, probe
-from pipeline.methods.projecting import HEAD, ProjectingMethod
+from pipeline.methods.projecting import HEAD, GrowingMethod
 from pipeline.projection.features import FeaturesNotFinite
 from pipeline.projection.guard import Guard
 from pipeline.projection.subspace import Subspace
 from pipeline.recipe import Pegp
 
 
-class ProjectedByFeatures(ProjectingMethod[Pegp]):
+class ProjectedByFeatures(GrowingMethod[Pegp]):
     """LoRA per task or shared, bottleneck, prompt or prefix, projected against the features of finished tasks."""
 
     def __init__(self, settings: Pegp, kind: AdapterKind, *, task_count: int) -> None:

@@ -15,9 +15,10 @@ from pipeline.projection.guard import Guard
 from pipeline.projection.memory import SubspaceMemory
 from pipeline.projection.projector import start_outside
 from pipeline.projection.subspace import Subspace
-from pipeline.recipe import Projecting
+from pipeline.recipe import Constrained, Projecting
 
-Settings = TypeVar("Settings", bound=Projecting)
+Settings = TypeVar("Settings", bound=Constrained)
+Growing = TypeVar("Growing", bound=Projecting)
 HEAD = "#"
 
 
@@ -29,10 +30,6 @@ class ProjectingMethod(AdapterMethod[Settings]):
         self.memory = SubspaceMemory()
         self._leaks: dict[int, dict[str, float]] = {}
         self._records: list[dict[str, Any]] = []
-
-    def energy(self, task_index: int) -> float:
-        """The share of a task's energy that is to be protected."""
-        return self.settings.energy
 
     def guard(self, name: str, tensor: Tensor) -> Guard:
         """The protected subspaces of a trained tensor; none where it is free."""
@@ -49,7 +46,7 @@ class ProjectingMethod(AdapterMethod[Settings]):
         trained = {name: self.constrained(ctx, name, start) for name, start in starts.items()}
         if not self.per_task:
             return trained
-        closed = {name.removesuffix(".A") for name, tensor in trained.items() if tensor.fixed}
+        closed = {name[:-2] for name, tensor in trained.items() if tensor.fixed and name[-2:] in (".A", ".B")}
         return {name: tensor for name, tensor in trained.items() if name[:-2] not in closed}
 
     def constrained(self, ctx: TaskContext, name: str, start: Tensor) -> Trained:
@@ -83,6 +80,30 @@ class ProjectingMethod(AdapterMethod[Settings]):
         if leaks:
             self._leaks[ctx.task_index] = leaks
         return leaks
+
+    def records(self) -> list[dict[str, Any]]:
+        """A space's rank, free dimension, captured energy and leak."""
+        return self._records
+
+    def leaks(self) -> dict[int, dict[str, float]]:
+        """By task and layer."""
+        return self._leaks
+
+    def saved_leaks(self) -> dict[str, dict[str, float]]:
+        """The leaks as JSON keeps them."""
+        return {str(task): found for task, found in self._leaks.items()}
+
+    def load_leaks(self, saved: Mapping[str, Mapping[str, float]]) -> None:
+        """The inverse of `saved_leaks`."""
+        self._leaks = {int(task): dict(found) for task, found in saved.items()}
+
+
+class GrowingMethod(ProjectingMethod[Growing]):
+    """A method whose spaces grow by the energy of what finished tasks depend on."""
+
+    def energy(self, task_index: int) -> float:
+        """The share of a task's energy that is to be protected."""
+        return self.settings.energy
 
     def grow(
         self,
@@ -125,19 +146,3 @@ class ProjectingMethod(AdapterMethod[Settings]):
         """The record of a space without a free direction, whose layers trained nothing in this task."""
         width = self.memory[name].width
         return {"space": name, "width": width, "rank": width, "free": 0, "energy": None, "leak": None, "closed": True}
-
-    def records(self) -> list[dict[str, Any]]:
-        """A space's rank, free dimension, captured energy and leak."""
-        return self._records
-
-    def leaks(self) -> dict[int, dict[str, float]]:
-        """By task and layer."""
-        return self._leaks
-
-    def saved_leaks(self) -> dict[str, dict[str, float]]:
-        """The leaks as JSON keeps them."""
-        return {str(task): found for task, found in self._leaks.items()}
-
-    def load_leaks(self, saved: Mapping[str, Mapping[str, float]]) -> None:
-        """The inverse of `saved_leaks`."""
-        self._leaks = {int(task): dict(found) for task, found in saved.items()}

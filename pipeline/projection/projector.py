@@ -24,6 +24,7 @@ class Projector(nn.Module):
     start: Tensor
     matrix: Tensor
     ready: Tensor | None = None  # during a forward: the tensor, where it was made with others (`projection.together`)
+    latest: Tensor | None = None  # what `ready` was in the last forward: for a penalty on it in the same backward
 
     def __init__(self, start: Tensor, matrix: Tensor) -> None:
         super().__init__()

@@ -42,7 +42,7 @@ class Together:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Inside, for one forward, the projectors of groups have their tensors.
+        """Inside, for one forward, the projectors of groups have their tensors (afterwards, as `latest`).
 
         Not where ZeRO 3 holds the parameters, whose modules gather their own; nor where layers are run again in the
         backward, which a tensor made outside of them would cut off.
@@ -53,6 +53,8 @@ class Together:
             for group in groups:
                 for (_, projector), value in zip(group.members, group.values().unbind(), strict=True):
                     projector.ready = value
+                    if torch.is_grad_enabled():
+                        projector.latest = value
             yield
         finally:
             for projector in used:

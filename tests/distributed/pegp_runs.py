@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from random_backbones import PAD, random_examples
-from rank_cases import ROWS, SEED, TRAINING, Case
+from rank_cases import ROWS, SEED, Case
 from torch import Tensor
 
 from pipeline.adapter_kinds import adapter_kind
@@ -37,6 +37,10 @@ def settings(case: Case) -> Pegp | OLora | Gorp:
     lora = "shared" if case.adapter == "shared" else "per_task"
     if case.method == "gorp":
         cores: Any = {"core_rank": 3, "refresh_every": 2, "full_rank_lr": 1e-2, "svd": case.svd}
+        if case.long:
+            cores |= {"refresh_every": 10, "full_rank_lr": 1e-3}
+        if case.mode == "literal":  # at a higher energy a core's own space, of three dimensions, is full at once
+            return Gorp(name="gorp", lora=lora, mode="literal", energy=0.5, **cores)
         return Gorp(name="gorp", lora=lora, project=case.project, refresh_moments=case.refresh, **cores)
     return Pegp(name="pegp", lora=lora, project=case.project, energy=0.7, feature_samples=13, feature_drift=True)
 
@@ -74,7 +78,7 @@ def rows_of(case: Case) -> list[Any]:
 
 def steps_of(case: Case, task: int) -> list[Any]:
     """The plan of a task's steps."""
-    return plan_task(rows_of(case)[task - 1], TRAINING, Batching(), seed=SEED, task_index=task)
+    return plan_task(rows_of(case)[task - 1], case.training, Batching(), seed=SEED, task_index=task)
 
 
 def _context(job: Any, method: Any, task: int, updates: Any) -> Context:
@@ -93,7 +97,7 @@ def _context(job: Any, method: Any, task: int, updates: Any) -> Context:
         targets=targets,
         task_index=task,
         examples=rows[task - 1],
-        micro_batch_size=TRAINING.micro_batch_size,
+        micro_batch_size=case.training.micro_batch_size,
         seed=SEED,
         steps=steps_of(case, task),
         checkpoint=Checkpoint(job.folder),
@@ -113,9 +117,9 @@ def learn(job: Any, method: Any, task: int) -> tuple[dict[str, Tensor], float, f
     case = job.case
     ctx = _context(job, method, task, method.frozen())
     model, rows = ctx.model, ctx._examples
-    method.begin_task(ctx)
     prepare_for_training(model, gradient_checkpointing=case.checkpointing)
-    engine = TaskEngine(LabelLoss(model, case.family), case.engine, TRAINING, job.ranks, method.groups())
+    method.begin_task(ctx)
+    engine = TaskEngine(LabelLoss(model, case.family), case.engine, case.training, job.ranks, method.groups())
     try:
         ctx.started(engine)
         method.engine_started(ctx)
@@ -123,7 +127,7 @@ def learn(job: Any, method: Any, task: int) -> tuple[dict[str, Tensor], float, f
             ctx,
             method,
             steps_of(case, task),
-            TRAINING,
+            case.training,
             name=f"task {task}",
             examples=rows,
             seed=SEED,

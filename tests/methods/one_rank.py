@@ -21,11 +21,21 @@ from pipeline.engine import Ranks
 from pipeline.loop import plan_task, train_task
 from pipeline.methods import METHODS
 from pipeline.models import LabelLoss, load_backbone, merge, prepare_for_training, target_modules
-from pipeline.recipe import Batching, Gorp, IncLora, LoraAdapter, OLora, Pegp, SeqLora, Training
+from pipeline.recipe import (
+    Batching,
+    Gorp,
+    IncLora,
+    LbCl,
+    LoraAdapter,
+    OLora,
+    Pegp,
+    SeqLora,
+    Training,
+)
 from pipeline.runlog import RunLog
 from pipeline.stopping import StopRequest
 
-SETTINGS = {"seqlora": SeqLora, "inclora": IncLora, "olora": OLora, "pegp": Pegp, "gorp": Gorp}
+SETTINGS = {"seqlora": SeqLora, "inclora": IncLora, "olora": OLora, "pegp": Pegp, "gorp": Gorp, "lbcl": LbCl}
 TRAINING = Training(
     epochs=2, learning_rate=3e-2, global_batch_size=4, micro_batch_size=2, weight_decay=0.1, gradient_clipping=1.0
 )
@@ -107,9 +117,9 @@ def learn(
 ) -> dict[str, Tensor]:
     """One task from its start to its end; the method has taken what it trained."""
     ctx = context(folder, family, method, task, rows, training=training, dtype=dtype)
+    prepare_for_training(ctx.model, gradient_checkpointing=checkpointing)
     with Float64() if dtype == torch.float64 else nullcontext():  # GORP runs backward before training
         method.begin_task(ctx)
-    prepare_for_training(ctx.model, gradient_checkpointing=checkpointing)
     if any(parameter.requires_grad for parameter in ctx.model.parameters()):
         accumulation = training.global_batch_size // training.micro_batch_size
         module = LabelLoss(ctx.model, family)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.export import main
 
+CORE = "decoder.block.0.layer.1.EncDecAttention.q"
 TARGET = "encoder.block.0.layer.0.SelfAttention.q"
 
 
@@ -138,6 +139,8 @@ def test_a_place_that_is_taken(tmp_path: Path, backbone: Path, capsys: pytest.Ca
         ("seqlora", "lora", ["--part", "task", "--merged"], "trains one LoRA through the stream"),
         ("seqlora", "unknown", [], "what method seqlora trains has no form that PEFT or transformers knows"),
         ("inclora", "nothing", [], "no layer had a free direction left"),
+        ("gorp", "whole", [], f"changed 1 whole weights, such as {CORE}, which no PEFT adapter holds; add --merged"),
+        ("gorp", "whole", ["--part", "task"], f"changed whole weights, such as {CORE}, which hold all tasks up to"),
     ],
 )
 def test_what_has_no_such_form(
@@ -154,8 +157,9 @@ def test_what_has_no_such_form(
         "bottleneck": {f"encoder.block.0.layer.1.DenseReluDense.{part}": torch.ones(4, 4) for part in ("down", "up")},
         "prompt": {"prompt": torch.ones(4, 15)},
         "prefix": {f"decoder.block.0.layer.0.SelfAttention.{part}": torch.ones(3, 4, 4) for part in ("key", "value")},
-        "unknown": {f"{TARGET}.sigma": torch.ones(4)},
+        "unknown": {f"{TARGET}.gain": torch.ones(4)},
         "nothing": {},
+        "whole": lora() | {f"{CORE}.W": torch.ones(12, 15)},
     }
     run = new_run(tmp_path, backbone, f"method={method}", stages=0)
     run.finish(kinds[tensors], index=1)
@@ -167,6 +171,19 @@ def test_shared_lora_of_pegp_is_no_tasks_own(
 ) -> None:
     run = new_run(tmp_path, backbone, "method=pegp", "method.lora=shared")
     assert "trains one LoRA through the stream" in refused(capsys, run.folder, "--part", "task")
+
+
+@pytest.mark.parametrize("form", [[], ["--merged"]], ids=["adapter", "merged"])
+def test_whole_weights_are_no_tasks_own(
+    tmp_path: Path, backbone: Path, capsys: pytest.CaptureFixture[str], form: list[str]
+) -> None:
+    """Though each task has a LoRA of its own."""
+    run = new_run(tmp_path, backbone, "method=gorp", "method.lora=per_task", stages=1)
+    run.finish(lora() | {f"{CORE}.W": torch.ones(12, 15)}, index=2)
+    message = refused(capsys, run.folder, "--part", "task", *form)
+    assert f"--part task: the method gorp changed whole weights, such as {CORE}" in message
+    assert main([str(run.folder), "--after", run.tasks[0], "--part", "task"]) == 0, "where none was changed, it is"
+    capsys.readouterr()
 
 
 def test_merging_needs_the_same_backbone(tmp_path: Path, backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:

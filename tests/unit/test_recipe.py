@@ -118,7 +118,10 @@ def test_all_faults_stand_in_one_message(write) -> None:
             {"order": {"tasks": ["agnews"]}},
             'order.tasks[0]: no task "agnews"; there are counts, letters, lists, notes;',
         ),
-        ({"adapter": {"kind": 5}}, "adapter.kind: '5' is no kind of adapter; legal: lora, bottleneck, prompt, prefix"),
+        (
+            {"adapter": {"kind": 5}},
+            "adapter.kind: '5' is no kind of adapter; legal: lora, triplet, bottleneck, prompt, prefix",
+        ),
         ({"adapter": {"kind": "promt"}}, "adapter.kind: 'promt' is no kind of adapter; did you mean \"prompt\"?"),
         ({"adapter": {"kind": "prompt", "rank": 8}}, "adapter.rank: no such key; legal here: kind, length"),
         ({"adapter": {"kind": "prompt"}}, "adapter.kind: prompt is one module through the stream, and inclora needs"),
@@ -496,6 +499,18 @@ OTHER = [
     "method=gorp method.refresh_every=5",
     "method=gorp method.refresh_moments=keep",
     "method=gorp method.svd=exact",
+    "method=lbcl method.mode=literal",
+    "method=lbcl method.project=off",
+    "method=lbcl method.project=gradient method.projection=sum",
+    "method=lbcl method.init=copy",
+    "method=lbcl method.align=hungarian",
+    "method=lbcl method.sensitivity=per_sample",
+    "method=lbcl method.seed_samples=4",
+    "method=lbcl method.layers=top_1",
+    "method=lbcl method.gamma=0",
+    "method=lbcl method.sigma_lr=1e-4",
+    "method=lbcl adapter.rank=4",
+    "method=lbcl adapter.scale=1",
 ]
 ONE_VALUE = {"model.quantization", "training.optimizer", "evaluation.decoding", "evaluation.unseen"} | {
     "evaluation.references"

@@ -1,0 +1,124 @@
+"""LB-CL's sensitivity of every old triplet to a new task, from one forward and backward (methods.md 4.1).
+
+With the past merged, a layer's inputs x_n and output gradients delta_n give what autograd through separate modules
+would: `dL/dsigma_i = s sum_n (delta_n . u_i)(x_n . v_i)`, `dL/du_i = s sigma_i sum_n delta_n (x_n . v_i)`,
+`dL/dv_i = s sigma_i sum_n x_n (delta_n . u_i)`; no `d_out x d_in` gradient is formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.adapters.core import backward_seen
+from pipeline.adapters.triplet import Triplets
+from pipeline.methods.base import TaskContext
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """How much the new task's loss hangs on one layer's old triplets."""
+
+    scores: Tensor  # [past tasks, r] float32: S_i = s(sigma_i) + mean_j s(U_ji) + mean_j s(V_ij), s(w) = |w dL/dw|
+    fisher: float  # mean over rows and the triplets' numbers of the squared gradient of a row's loss
+
+
+def measure_sensitivity(
+    ctx: TaskContext,
+    past: Mapping[str, Sequence[Triplets]],
+    rows: Sequence[int],
+    *,
+    scale: float,
+    how: Literal["batch", "per_sample"],
+) -> tuple[dict[str, LayerSensitivity], float]:
+    """By layer of `past`, and the rows' mean loss per label token; `ctx.model` bears the past merged, nothing more.
+
+    `batch`: |w * summed gradient|; `per_sample`: the mean over rows of |w * a row's gradient|. Collective.
+    """
+    sums = {name: _LayerSums(triplets, scale, how) for name, triplets in past.items()}
+    with _seen(ctx.model, sums):
+        loss = ctx.run_rows(rows, backward=True)
+    flat = ctx.all_sum(torch.cat([layer.packed() for layer in sums.values()]).cpu())
+    parts = flat.split([layer.packed_size for layer in sums.values()])
+    return {name: layer.result(part, len(rows)) for (name, layer), part in zip(sums.items(), parts, strict=True)}, loss
+
+
+@contextmanager
+def _seen(model: nn.Module, sums: Mapping[str, _LayerSums]) -> Iterator[None]:
+    def listen(layer: _LayerSums) -> object:
+        return lambda _, inputs, output: backward_seen(output, inputs[0], (layer,))
+
+    handles = [model.get_submodule(name).register_forward_hook(listen(layer)) for name, layer in sums.items()]  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _LayerSums:
+    """One layer's gradients with respect to its old triplets, added up over micro-batches.
+
+    The triplets rest on the CPU and are on the device while the layer's backward runs.
+    """
+
+    def __init__(self, past: Sequence[Triplets], scale: float, how: str) -> None:
+        self._shape = len(past), past[0].sigma.numel()
+        self._U = torch.cat([part.U for part in past], dim=1).float()  # [d_out, R]
+        self._sigma = torch.cat([part.sigma for part in past]).float()  # [R]
+        self._V = torch.cat([part.V for part in past]).float()  # [R, d_in]
+        self._scale, self._per_sample = scale, how == "per_sample"
+        (d_out, R), d_in = self._U.shape, self._V.shape[1]
+        self._sizes = [1, R] if self._per_sample else [1, R, d_out * R, R * d_in]
+        self._sums = [torch.zeros(size) for size in self._sizes]  # squares, then scores or the three gradients
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """Add one micro-batch's inputs [b, n, d_in] and output gradients [b, n, d_out]."""
+        U, sigma, V = (part.to(x.device) for part in (self._U, self._sigma, self._V))
+        x, g = x.to(torch.promote_types(x.dtype, torch.float32)), g.to(torch.promote_types(g.dtype, torch.float32))
+        U, sigma, V = U.to(x), sigma.to(x), V.to(x)
+        along_v, along_u = x @ V.mT, g @ U  # [b, n, R]
+        d_sigma = self._scale * (along_v * along_u).sum(dim=1)  # [b, R]
+        d_U = self._scale * sigma * (g.mT @ along_v)  # [b, d_out, R]
+        d_V = self._scale * sigma[:, None] * (along_u.mT @ x)  # [b, R, d_in]
+        squares = sum(gradient.double().square().sum() for gradient in (d_sigma, d_U, d_V))
+        assert isinstance(squares, Tensor)
+        if self._per_sample:
+            found = [_scores((U, sigma, V), (d_U, d_sigma, d_V)).sum(dim=0)]
+        else:
+            found = [d_sigma.sum(dim=0), d_U.sum(dim=0).flatten(), d_V.sum(dim=0).flatten()]
+        for index, part in enumerate([squares[None], *found]):
+            self._sums[index] = self._sums[index].to(part.device) + part
+
+    @property
+    def packed_size(self) -> int:
+        """Numbers in `packed`."""
+        return sum(self._sizes)
+
+    def packed(self) -> Tensor:
+        """All sums, flat, float64."""
+        return torch.cat([part.double() for part in self._sums])
+
+    def result(self, packed: Tensor, row_count: int) -> LayerSensitivity:
+        """From the sums over all ranks."""
+        squares, *parts = packed.split(self._sizes)
+        U, sigma, V = self._U.double(), self._sigma.double(), self._V.double()
+        if self._per_sample:
+            scores = parts[0]  # a row's share of the mean loss over N rows has the gradient g_b, its own loss N g_b
+        else:
+            d_sigma, d_U, d_V = parts
+            gradients = d_U.view(1, *U.shape), d_sigma[None], d_V.view(1, *V.shape)
+            scores = _scores((U, sigma, V), gradients)[0]
+        numbers = U.numel() + sigma.numel() + V.numel()
+        return LayerSensitivity(scores.view(self._shape).float(), float(squares) * row_count / numbers)
+
+
+def _scores(weights: tuple[Tensor, Tensor, Tensor], gradients: tuple[Tensor, Tensor, Tensor]) -> Tensor:  # [b, R]
+    """`s(sigma_i) + mean_j s(U_ji) + mean_j s(V_ij)` with `s(w) = |w g|`."""
+    (U, sigma, V), (d_U, d_sigma, d_V) = weights, gradients
+    return (sigma * d_sigma).abs() + (U * d_U).abs().mean(dim=1) + (V * d_V).abs().mean(dim=2)
