@@ -153,8 +153,8 @@ def bytes_of(backbone: Backbone) -> dict[str, float]:
         "broadcast per step: bases / 10": FLOAT
         * total(cores, lambda layer: k * (layer.d_in + layer.d_out + 1))
         / REFRESH_EVERY,
-        "host: masters of the full-rank weights": weights,
-        "host: the largest layer's merge in float64": max(4 * FLOAT * layer.d_in * layer.d_out for layer in cores),
+        "host, on every rank: the full-rank weights, as found and as they change": 2 * weights,
+        "disk, with every stage: the full-rank weights": weights,
         "device: bases U, V": FLOAT * total(cores, lambda layer: k * (layer.d_in + layer.d_out)),
         "device: bases of LoRA's projectors at task 15, at most": FLOAT * 14 * total(backbone.lora, _factors),
         "device, in a window's last step: sketches, Omega, Psi": sketches

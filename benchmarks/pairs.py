@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
 RESAMPLES = 4000
+FEWEST_PAIRS = 10  # an interval of fewer says little
 Work = Callable[[int], object]  # given the number of the pair, so that both do the same
 Numbers = NDArray[np.float64]
 
@@ -40,9 +41,11 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """Met or missed where the whole interval is; inconclusive where it spans the goal."""
+        """Met or missed where the whole interval is; inconclusive where it spans the goal, or comes from few pairs."""
         if self.goal is None:
             return "no goal"
+        if self.pairs < FEWEST_PAIRS:
+            return "inconclusive"
         return "met" if self.high <= self.goal else "missed" if self.low > self.goal else "inconclusive"
 
 

@@ -18,7 +18,7 @@ from pipeline.loop import Step, plan_task
 from pipeline.methods import METHODS, Method
 from pipeline.models import LabelLoss, load_backbone, merge, prepare_for_training, skeleton
 from pipeline.optimizer_groups import ParameterGroup, optimizer_groups
-from pipeline.recipe import Gorp, IncLora, OLora, Recipe, Training
+from pipeline.recipe import Gorp, IncLora, LbCl, LoraAdapter, OLora, Recipe, Training, TripletAdapter
 from pipeline.workload import Alone, StreamTask, Workload, load_workload
 
 Value = TypeVar("Value")
@@ -27,7 +27,8 @@ METHOD = "method={name: pegp, energy: 0.99, feature_samples: 96}"  # the recipes
 SETTINGS: Mapping[str, Any] = {
     "inclora": IncLora(name="inclora"),
     "olora": OLora(name="olora"),
-    "gorp": Gorp(name="gorp", energy=0.95, full_rank_lr=1e-3),  # as in recipes/ablations
+    "gorp": Gorp(name="gorp", energy=0.95, full_rank_lr=3e-3),  # as in recipes/ablations
+    "lbcl": LbCl(name="lbcl"),
 }
 MANY_EPOCHS = 1000  # no timing reaches a task's last step, after which nothing is refreshed
 # dbpedia first, agnews last: what is protected at task 2 comes from dbpedia, at task 15 from all but agnews.
@@ -160,10 +161,12 @@ class Bench:
         """A method with the memory `state`; `pegp` as the recipe has it, the others as `SETTINGS` do."""
         settings: Any = self.recipe.method if name == "pegp" else SETTINGS[name]
         settings = settings.model_copy(update=changes)
-        kind = self.workload.kind
-        if name == "gorp":
-            family = self.recipe.model.family
-            kind = adapter_kind(self.recipe.adapter, skeleton(self.workload.model_folder, family), family, settings)
+        kind, adapter, family = self.workload.kind, self.recipe.adapter, self.recipe.model.family
+        if name == "lbcl":
+            assert isinstance(adapter, LoraAdapter)
+            adapter = TripletAdapter(kind="triplet", **adapter.model_dump(exclude={"kind", "alpha"}))
+        if name in ("gorp", "lbcl"):
+            kind = adapter_kind(adapter, skeleton(self.workload.model_folder, family), family, settings)
         method: Any = METHODS[name](settings, kind, task_count=len(STREAM))
         if state is not None:
             method.load_state_dict(*state)

@@ -21,6 +21,7 @@ from transformers import (
     T5ForConditionalGeneration,
     T5Tokenizer,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data_prep.errors import UserError
 from data_prep.sentencepiece_bpe import follow_sentencepiece, read_bpe
@@ -254,9 +255,11 @@ def prepare_for_training(model: nn.Module, *, gradient_checkpointing: bool) -> N
 def recomputing(model: nn.Module) -> Iterator[None]:
     """Inside, a model in evaluation mode recomputes activations where it was told to (`prepare_for_training`).
 
-    The blocks that run their layers again do so in training mode alone; dropout is none of theirs, and stays off.
+    The blocks that run their layers again do so in training mode alone; dropout is none of theirs, and stays off (of
+    their attentions, which carry the same flag, it is).
     """
-    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    blocks = [layer for layer in layers if layer.gradient_checkpointing]
     try:
         for block in blocks:
             block.training = True

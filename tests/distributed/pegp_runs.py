@@ -16,8 +16,8 @@ from pipeline.engine import TaskEngine
 from pipeline.loop import plan_task, train_task
 from pipeline.methods import METHODS
 from pipeline.models import LabelLoss, load_backbone, merge, prepare_for_training, target_modules
-from pipeline.recipe import Batching, Gorp, OLora, Pegp
-from pipeline.recipe_groups import BottleneckAdapter, LoraAdapter, PrefixAdapter, PromptAdapter
+from pipeline.recipe import Batching, Gorp, LbCl, OLora, Pegp
+from pipeline.recipe_groups import BottleneckAdapter, LoraAdapter, PrefixAdapter, PromptAdapter, TripletAdapter
 from pipeline.runlog import RunLog
 from pipeline.stopping import StopRequest
 
@@ -27,13 +27,16 @@ ADAPTERS = {
     "bottleneck": BottleneckAdapter(kind="bottleneck", width=7),
     "prompt": PromptAdapter(kind="prompt", length=3),
     "prefix": PrefixAdapter(kind="prefix", length=3),
+    "triplet": TripletAdapter(kind="triplet", rank=3, scale=4.0, dropout=0.0),
 }
 
 
-def settings(case: Case) -> Pegp | OLora | Gorp:
+def settings(case: Case) -> Pegp | OLora | Gorp | LbCl:
     """Few features and a low energy: widths of 15, 7 and 3 are full soon."""
     if case.method == "olora":
         return OLora(name="olora", lambda_1=0.5, lambda_2=0.1)
+    if case.method == "lbcl":
+        return LbCl(name="lbcl", project=case.project, seed_samples=5, sigma_lr=2e-2)
     lora = "shared" if case.adapter == "shared" else "per_task"
     if case.method == "gorp":
         cores: Any = {"core_rank": 3, "refresh_every": 2, "full_rank_lr": 1e-2, "svd": case.svd}
@@ -58,6 +61,8 @@ def two_tasks(job: Any, method: Any = None) -> dict[str, Any]:
         if task == 1 and case.method != "olora":
             result["bases"] = method.memory.state_dict()[0]
             result["leaders"] = dict(method.memory.state_dict()[1]["leaders"])
+    result["sensitivity"] = {r["sensitivity_of"]: r["per_task"] for r in method.records() if "sensitivity_of" in r}
+    result["jump"] = [[r["loss_at_random"], r["loss_injected"]] for r in method.records() if "loss_injected" in r]
     result["penalty"] = [record["sum"] for record in method.records() if "penalty" in record]
     result["leaks"] = dict(method.leaks().get(2, {}))
     result["drift"] = {r["space"]: r["share"] for r in method.records() if "drift_of" in r}

@@ -25,6 +25,8 @@ TRAINING = Training(
     weight_decay=0.1,
     gradient_clipping=1.0,
 )
+# methods.md 8.4: GORP against its reference over 50 steps a task.
+FIFTY_STEPS = TRAINING.model_copy(update={"epochs": 17, "max_steps": 50, "learning_rate": 1e-4})
 WRITE_AFTER = 3  # the step after which the case "access" writes tensors
 L2 = 0.05  # of the case "penalty"
 
@@ -45,6 +47,8 @@ class Case:
     project: str = "exact"  # of the methods pegp and gorp
     refresh: str = "rotate"  # of the method gorp
     svd: str = "exact"  # of the method gorp
+    mode: str = "corrected"  # of the method gorp; literal sets `project` and `refresh` itself
+    long: bool = False  # tasks of 50 steps, of the methods pegp and gorp
 
     def __str__(self) -> str:
         parts = [self.run, self.family, f"zero{self.zero}"]
@@ -57,6 +61,8 @@ class Case:
         parts += [] if self.project == "exact" else [self.project]
         parts += [] if self.refresh == "rotate" else [self.refresh]
         parts += [] if self.svd == "exact" else [self.svd]
+        parts += [] if self.mode == "corrected" else [self.mode]
+        parts += ["50-steps"] if self.long else []
         return "-".join(parts)
 
     @property
@@ -72,6 +78,10 @@ class Case:
             precision=self.precision,
             gradient_checkpointing=self.checkpointing,
         )
+
+    @property
+    def training(self) -> Training:
+        return FIFTY_STEPS if self.long else TRAINING
 
     def kind(self, targets: list[str]) -> LoraKind:
         return LoraKind(targets, rank=3, alpha=6, dropout=self.dropout)

@@ -19,7 +19,7 @@ from pipeline.adapters.base import Trained
 from pipeline.adapters.lora import Factors, from_tensors, to_tensors
 from pipeline.adapters.prompt import PromptKind
 from pipeline.attention import prefix_kind
-from pipeline.models import load_backbone, load_tokenizer
+from pipeline.models import full_rank_modules, load_backbone, load_tokenizer
 
 # PEFT 0.21.2 asks transformers 5.23 by the old name.
 pytestmark = [
@@ -168,6 +168,38 @@ def test_one_task_merged(tmp_path: Path, backbones: dict[str, Path], family: str
     run, tasks = stream_of(tmp_path / "run", backbones[family], family)
     folder = run.export("--merged", "--part", "task", name=f"{run.tasks[2]}-task-merged")
     assert relative(run.logits(AUTO[family].from_pretrained(folder)), run.logits(run.merged(tasks[2]))) <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora", ["shared", "per_task"])
+def test_whole_weights_are_merged_as_they_stand_after_a_task(
+    tmp_path: Path, backbones: dict[str, Path], family: str, lora: str
+) -> None:
+    """GORP's: a full-rank module's weight holds all tasks up to there; LoRA lies on other layers."""
+    backbone = backbones[family]
+    run = Run(tmp_path / "run", backbone, family, "method=gorp", f"method.lora={lora}")
+    cores = full_rank_modules(run.stock(), family, None)
+    tasks = [{n: f for n, f in task.items() if n not in cores} for task in three_tasks(backbone)]
+    random = torch.Generator().manual_seed(6)
+    weights = []
+    for index, task in enumerate(tasks, start=1):
+        shapes = {name: shapes_of(backbone)[f"{name}.weight"] for name in cores}
+        weights.append({name: torch.randn(shape, generator=random) / 3 for name, shape in shapes.items()})
+        run.finish(to_tensors(task) | {f"{name}.W": W for name, W in weights[-1].items()}, index=index)
+
+    for last in (3, 2):
+        after = run.tasks[last - 1]
+        folder = run.export("--merged", "--after", after, name=f"{after}-merged")
+        by_hand = run.stock()
+        active = tasks[last - 1 : last] if lora == "shared" else tasks[:last]
+        for name, W in weights[last - 1].items():
+            by_hand.get_submodule(name).weight.data.copy_(W)
+        for name in {name for task in active for name in task}:
+            parts = [task[name] for task in active if name in task]
+            by_hand.set_submodule(name, Branches(by_hand.get_submodule(name), parts))
+        ours = run.logits(by_hand.eval())
+        assert relative(run.logits(AUTO[family].from_pretrained(folder)), ours) <= 1e-5
+        assert relative(run.logits(run.merged(*active)), ours) > 0.05, "the whole weights matter"
 
 
 PREFIXED = {"t5": "decoder.block.{}.layer.0.SelfAttention", "llama2": "model.layers.{}.self_attn"}

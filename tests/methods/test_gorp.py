@@ -38,6 +38,7 @@ EQUAL: list[Any] = [
     pytest.param(TWELVE_STEPS, "t5", {"project_b": False}, id="t5-free-b"),
     pytest.param(TWELVE_STEPS, "t5", {"mode": "literal"}, id="t5-literal"),
     pytest.param(TWELVE_STEPS, "llama2", {"mode": "literal"}, id="llama2-literal"),
+    pytest.param(TWELVE_STEPS, "t5", {"mode": "literal", "project": "exact"}, id="t5-literal-exact"),
     pytest.param(TWELVE_STEPS, "llama2", {"project": "gradient", "core_scale": 3.0}, id="llama2-gradient-scale"),
     pytest.param(TWELVE_STEPS, "t5", {"parts": "B"}, id="t5-B"),
     pytest.param(TWELVE_STEPS, "llama2", {"parts": "B+L"}, id="llama2-B+L"),

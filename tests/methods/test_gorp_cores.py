@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.testing import assert_close
 from pipeline.adapters.base import Trained
 from pipeline.adapters.core import CoreLinear
 from pipeline.methods.core_updates import CoreUpdates
-from pipeline.models import LabelLoss, load_backbone, merge
+from pipeline.models import LabelLoss, load_backbone, merge, prepare_for_training, recomputing
 from pipeline.projection.sketch import ExactGradient
 from pipeline.recipe import LoraAdapter
 
@@ -146,6 +147,84 @@ def test_sketches_are_the_same_with_recomputed_activations(
     for plain, again in zip(*seen, strict=True):
         assert all((again[name] - total).norm() <= 1e-9 * total.norm() for name, total in plain.items())
     assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-7)
+
+
+def with_dropout(folder: Path, family: str) -> Path:
+    """A backbone that drops half of all it may in training mode: T5 everywhere, LLaMA in attention."""
+    save_backbone(folder, family, dropout=0.5)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    return folder
+
+
+# A layer that a block runs first, by which its forwards are counted: transformers keeps hooks on the block itself out
+# of what it recomputes.
+FIRST_LAYERS = {
+    "t5": ["encoder.block.0.layer.0.layer_norm", "decoder.block.0.layer.0.layer_norm"],
+    "llama2": ["model.layers.0.input_layernorm", "model.layers.1.input_layernorm"],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_the_backward_before_training_recomputes_activations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, training: bool
+) -> None:
+    """Twice as many forwards of each block, in evaluation mode as without; after it the mode is the one before."""
+    folder = with_dropout(tmp_path / family, family)
+    adapter = ADAPTER.model_copy(update={"dropout": 0.5})
+    counts: list[list[int]] = []
+    sums: list[dict[str, Tensor]] = []
+    for checkpointing in (False, True):
+        collected = Collected(monkeypatch)
+        method = new_method(folder, family, "gorp", adapter, **SMALL, svd="exact")
+        ctx = context(folder, family, method, 1, dtype=torch.float64)
+        prepare_for_training(ctx.model, gradient_checkpointing=checkpointing)
+        ctx.model.train(training)
+        forwards = Forwards(ctx.model, FIRST_LAYERS[family])
+        with Float64():
+            method.begin_task(ctx)
+        counts.append(forwards.counts)
+        sums += collected.sums
+        assert {module.training for module in ctx.model.modules()} == {training}
+    assert counts == [[2, 2], [4, 4]], "a global batch of two micro-batches"
+    plain, again = sums
+    for name, total in plain.items():
+        assert (again[name] - total).norm() <= 1e-12 * total.norm(), name
+
+
+class Forwards:
+    """How often layers of a model run."""
+
+    def __init__(self, model: nn.Module, layers: list[str]) -> None:
+        self.counts = [0] * len(layers)
+        for number, layer in enumerate(layers):
+            model.get_submodule(layer).register_forward_pre_hook(lambda *_, number=number: self._count(number))
+
+    def _count(self, number: int) -> None:
+        self.counts[number] += 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["not told", "told"])
+def test_blocks_told_to_recompute_go_back_to_evaluation(
+    folders: dict[str, Path], family: str, checkpointing: bool
+) -> None:
+    """Also where a forward fails; blocks that were not told so stay as they are."""
+    model = load_backbone(folders[family], family, dtype=torch.float32)
+    prepare_for_training(model, gradient_checkpointing=checkpointing)
+    model.eval()
+    inside: set[str] = set()
+
+    def fail() -> None:
+        inside.update(name for name, module in model.named_modules() if module.training)
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError), recomputing(model):
+        fail()
+    blocks = {layer.partition(".layer.0")[0].removesuffix(".input_layernorm") for layer in FIRST_LAYERS[family]}
+    assert blocks <= inside if checkpointing else not inside
+    assert not any(module.training for module in model.modules())
 
 
 # ---- when bases are made

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from commands import events, launch, results, run, small, start, train, wait_for
+from safetensors.torch import load_file
+from torch import Tensor
 
 RECIPE = "recipes/tiny_t5_order1.yaml"
 
@@ -52,6 +55,40 @@ def test_a_run_killed_in_task_two_ends_with_the_same_results(reference: Path, tm
     assert results(folder) == results(reference)
     first_task = [event for event in events(folder) if event["event"] == "step" and event["task_index"] == 1]
     assert [event["step"] for event in first_task] == [1, 2, 3, 4, 5], "task 1 is trained and told once"
+
+
+# 15 steps a task, so that bases are made anew before and after the kill; few cells, since weights are compared.
+GORP = [
+    *("method=gorp", "method.core_rank=4", "method.refresh_every=4", "method.full_rank_lr=1.0e-3"),
+    *("training.epochs=3", "data.max_test_rows=4", "evaluation.cells=diagonal_and_last"),
+    "evaluation.label_scoring=false",
+]
+
+
+def last_stage(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the second task's stage, trained ones and the method's memory."""
+    (stage,) = folder.glob("stages/02-*")
+    files = sorted(path.relative_to(stage) for path in stage.rglob("*.safetensors"))
+    return {f"{file}: {name}": tensor for file in files for name, tensor in load_file(stage / file).items()}
+
+
+def test_gorp_killed_in_task_two_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """methods.md 8.6: bases, cores and moments begin anew with a task, so its stage before holds all it needs."""
+    uninterrupted, folder = tmp_path / "uninterrupted", tmp_path / "run"
+    done = run(train(RECIPE, *small(f"output.dir={uninterrupted}", *GORP)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    process = start(train(RECIPE, *small(f"output.dir={folder}", *GORP)))
+    wait_for(lambda: in_task(folder, 2, step=5), process)
+    kill_group(process, signal.SIGKILL)
+    assert not list(folder.glob("stages/02-*")), "killed too late to be in the middle of the task"
+    done = run(train(RECIPE, *small(f"output.dir={folder}", *GORP)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "taken from its stage" in done.stderr
+    found, wanted = last_stage(folder), last_stage(uninterrupted)
+    assert {name.rpartition(".")[2] for name in wanted} >= {"A", "B", "W", "C"}, "factors, whole weights, spaces"
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert results(folder) == results(uninterrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.full)])
