@@ -129,6 +129,8 @@ class Ranks:
 
     def on_first(self, action: Callable[[], Value]) -> Value:
         """Run `action` on rank 0 and give its result to all; its `UserError` is raised on all."""
+        if self.world == 1:  # a stage's tensors need no pickling for nobody
+            return action()
         outcome: list[Any] = [None, None]
         if self.first:
             try:

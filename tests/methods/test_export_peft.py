@@ -106,6 +106,31 @@ def test_up_to_a_task_and_of_one_task(tmp_path: Path, backbones: dict[str, Path]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_triplets_are_written_as_loras(tmp_path: Path, backbones: dict[str, Path], family: str) -> None:
+    """`s U diag(sigma) V` of two tasks: as one LoRA, as one task's, merged."""
+    backbone, generator = backbones[family], torch.Generator().manual_seed(5)
+    run, tasks = Run(tmp_path / "run", backbone, family, "method=lbcl"), []
+    for index in (1, 2):
+        tensors: dict[str, Tensor] = {}
+        for name in target_names(backbone):
+            d_out, d_in = shapes_of(backbone)[f"{name}.weight"]
+            shapes = {"U": (d_out, 3), "sigma": (3,), "V": (3, d_in)}
+            tensors |= {f"{name}.{part}": torch.randn(shape, generator=generator) / 5 for part, shape in shapes.items()}
+            tensors[f"{name}.scale"] = torch.tensor(4.0)
+        run.finish(tensors, index=index)
+        layers = target_names(backbone)
+        products = {name: tensors[f"{name}.U"] @ torch.diag(tensors[f"{name}.sigma"]) for name in layers}
+        tasks.append({name: Factors(tensors[f"{name}.V"], product, 4.0) for name, product in products.items()})
+    both, last = run.logits(run.merged(*tasks)), run.tasks[1]
+    assert relative(run.logits(run.with_peft(run.export(name=last))), both) <= 1e-5
+    alone = run.export("--part", "task", name=f"{last}-task")
+    assert relative(run.logits(run.with_peft(alone)), run.logits(run.merged(tasks[1]))) <= 1e-5
+    merged = run.export("--merged", name=f"{last}-merged")
+    assert relative(run.logits(AUTO[family].from_pretrained(merged)), both) <= 1e-5
+    assert relative(run.logits(run.merged(tasks[1])), both) > 0.05, "the earlier task matters"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", [["method=seqlora"], ["method=pegp", "method.lora=shared"]])
 def test_one_lora_through_the_stream_is_exported_as_it_stands(
     tmp_path: Path, backbones: dict[str, Path], family: str, method: list[str]
