@@ -36,7 +36,7 @@ LAYERS = [
     ("LLaMA-2-7B down", 11008, 4096),
 ]
 RANK, SCALE = 8, 4.0
-LONGEST_PAIR = 0.3  # seconds
+LONGEST_PAIR = 1.3  # seconds: projecting costs the same for any number of tokens, and a micro-batch has thousands
 MOST_TOKENS = 8 * 512
 
 

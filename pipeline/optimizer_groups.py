@@ -13,11 +13,12 @@ from pipeline.recipe import Training
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Trained tensors with a learning rate of their own, under the task's schedule, and no weight decay."""
+    """Trained tensors with a learning rate of their own, under the task's schedule."""
 
     name: str
     parameters: Sequence[nn.Parameter]
     learning_rate: float
+    weight_decay: float | None = 0.0  # None: the recipe's
 
 
 def optimizer_groups(
@@ -29,5 +30,6 @@ def optimizer_groups(
     found: list[dict[str, Any]] = [{"params": rest, "weight_decay": training.weight_decay}] if rest else []
     for group in groups:
         scale = group.learning_rate / training.learning_rate
-        found.append({"params": list(group.parameters), "weight_decay": 0.0, "lr_scale": scale, "name": group.name})
+        decay = training.weight_decay if group.weight_decay is None else group.weight_decay
+        found.append({"params": list(group.parameters), "weight_decay": decay, "lr_scale": scale, "name": group.name})
     return found

@@ -93,15 +93,19 @@ class Recipe(Group):
     @model_validator(mode="before")
     @classmethod
     def _own_adapter(cls, raw: object) -> object:
-        """LB-CL's own adapter where `adapter.kind` is null: LoRA's alpha is left out, since triplets have a scale."""
+        """LB-CL's own adapter where `adapter.kind` is null: a recipe's alpha is LoRA's, triplets have a scale.
+
+        `mode: literal` sets the paper's scale, 1, where none is given.
+        """
         method, adapter = (raw.get(key) or {} for key in ("method", "adapter")) if isinstance(raw, dict) else ({}, {})
         if not isinstance(method, dict) or method.get("name") != "lbcl" or not isinstance(adapter, dict):
             return raw
-        if adapter.get("kind") is not None:
+        if adapter.get("kind") not in (None, "triplet"):
             return raw
         assert isinstance(raw, dict)
         own = {key: value for key, value in adapter.items() if key != "alpha"}
-        return {**raw, "adapter": {**own, "kind": "triplet"}}
+        papers = {"scale": 1.0} if method.get("mode") == "literal" else {}
+        return {**raw, "adapter": {**papers, **own, "kind": "triplet"}}
 
     @model_validator(mode="after")
     def _fitting_adapter(self) -> Self:
@@ -142,6 +146,8 @@ class Recipe(Group):
             apply_override(raw, key, value)
             given.append(key)
         faults = resolve_paths(raw, given)
+        if "adapter.alpha" in given and isinstance(raw.get("method"), dict) and raw["method"].get("name") == "lbcl":
+            faults.append("adapter.alpha: LoRA's, and lbcl trains triplets; set adapter.scale")
         faults += name_faults(raw)
         try:
             # Through JSON: strict types, while a YAML list may still stand for any sequence.

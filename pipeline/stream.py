@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -27,6 +27,8 @@ from pipeline.stages import Stage, StageStore, stage_key
 from pipeline.stopping import StopRequest
 from pipeline.weights import Weights
 from pipeline.workload import StreamTask, Workload
+
+Value = TypeVar("Value")
 
 
 class Stream:
@@ -134,7 +136,7 @@ class Stream:
         recipe, method, clock = self.recipe, self.method, _Clock()
         ctx = self._context(task)
         prepare_for_training(ctx.model, gradient_checkpointing=recipe.engine.gradient_checkpointing)
-        method.begin_task(ctx)
+        self._told(task, lambda: method.begin_task(ctx))
         engine = self._start_engine(ctx, task)
         summary = TaskSummary(steps=0, last_loss=math.nan)
         if engine is None:
@@ -154,7 +156,7 @@ class Stream:
                 stop=self.stop,
             )
         clock.lap("train_s")
-        tensors = self._end_task(ctx, task)
+        tensors = self._told(task, lambda: method.end_task(ctx))
         if engine is not None:
             engine.close()
         self._refuse_not_finite(task, tensors)
@@ -175,15 +177,15 @@ class Stream:
         self.ranks.on_first(tell)
         return tensors
 
-    def _end_task(self, ctx: Context, task: StreamTask) -> dict[str, Tensor]:
-        """The task's trained tensors. `UserError` where the features that the method samples are not finite."""
+    def _told(self, task: StreamTask, action: Callable[[], Value]) -> Value:
+        """What `action` gives. `UserError` where what the method measures on rows is not finite."""
         try:
-            return self.method.end_task(ctx)
+            return action()
         except FeaturesNotFinite as error:
             source = task if error.task_index is None else self.workload.tasks[error.task_index - 1]
             rows = [source.train[row].row_id for row in error.rows]
             raise UserError(
-                f"task {task.name}: the features that {error.layer} reads are not finite in {source.name}'s rows "
+                f"task {task.name}: the features or gradients of {error.layer} are not finite in {source.name}'s rows "
                 f"{', '.join(map(str, rows[:10]))}{' and more' if len(rows) > 10 else ''}; nothing of this task was "
                 f"saved. Try a lower training.learning_rate (now {task.training.learning_rate:g}), or precision fp32"
             ) from error

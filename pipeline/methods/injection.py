@@ -19,15 +19,18 @@ def injected(past: Sequence[Triplets], scores: Tensor, *, align: Align) -> Tripl
 
     `scores` [past tasks, r]; alpha is uniform at an index where all are zero. `align` says how the past tasks'
     triplets, whose signs and order are arbitrary, are made to agree first: their signs, their order too, or nothing.
+    Signs: no sigma below zero, by turning u; then u and v of each towards those of the most sensitive task.
     """
     U = torch.stack([part.U.double() for part in past])  # [tasks, d_out, r]
     sigma = torch.stack([part.sigma.double() for part in past])  # [tasks, r]
     V = torch.stack([part.V.double() for part in past])  # [tasks, r, d_in]
     scores = scores.double()
+    if align != "none":
+        U, sigma = torch.where(sigma[:, None] < 0, -U, U), sigma.abs()
     if align == "hungarian":
         U, sigma, V, scores = _reordered(U, sigma, V, scores)
     if align != "none":
-        U, sigma, V = _same_signs(U, sigma, V, scores)
+        U, V = _same_signs(U, V, scores)
     totals = scores.sum(dim=0)
     uniform = torch.full_like(scores, 1 / len(past))
     alpha = torch.where(totals > 0, scores / totals.where(totals > 0, torch.ones_like(totals)), uniform)
@@ -51,13 +54,11 @@ def _reordered(U: Tensor, sigma: Tensor, V: Tensor, scores: Tensor) -> tuple[Ten
     return moved[0], moved[1], moved[2], scores.gather(1, order)
 
 
-def _same_signs(U: Tensor, sigma: Tensor, V: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """No sigma below zero; then u and v of a triplet turned round where they point away from the most sensitive's."""
-    U = torch.where(sigma[:, None] < 0, -U, U)
-    sigma = sigma.abs()
+def _same_signs(U: Tensor, V: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """u and v of a triplet turned round together where they point away from the most sensitive task's."""
     leaders = scores.argmax(dim=0)  # [r]
     index = torch.arange(len(leaders))
     u, v = U[leaders, :, index], V[leaders, index]  # [r, d_out], [r, d_in]
     along = torch.einsum("kdr,rd->kr", U, u) + torch.einsum("krd,rd->kr", V, v)
     turned = along < 0
-    return torch.where(turned[:, None], -U, U), sigma, torch.where(turned[:, :, None], -V, V)
+    return torch.where(turned[:, None], -U, U), torch.where(turned[:, :, None], -V, V)

@@ -20,6 +20,7 @@ from pipeline.methods.injection import injected
 from pipeline.methods.projecting import ProjectingMethod
 from pipeline.methods.sensitivity import LayerSensitivity, measure_sensitivity
 from pipeline.optimizer_groups import ParameterGroup
+from pipeline.projection.features import FeaturesNotFinite
 from pipeline.projection.guard import Guard
 from pipeline.projection.projector import FromLeft, start_outside
 from pipeline.projection.subspace import Subspace
@@ -27,6 +28,7 @@ from pipeline.projection.triplets import joined, subtract_pairwise
 from pipeline.recipe import LbCl
 
 GROUP = "sigma"
+OTHER_ROWS = 64  # training rows that injection has not seen
 
 
 class InjectedTriplets(ProjectingMethod[LbCl]):
@@ -42,41 +44,54 @@ class InjectedTriplets(ProjectingMethod[LbCl]):
         assert isinstance(kind, TripletKind)
         super().__init__(settings, kind, task_count=task_count)
         self._sensitivity: dict[int, dict[str, Any]] = {}  # by task and layer: what the report draws
+        self._jumps: dict[int, list[dict[str, Any]]] = {}  # by task: the loss before training
         self._start: dict[str, Tensor] = {}
 
     # ---- a task's start
 
     def begin_task(self, ctx: TaskContext) -> None:
         """Inject old triplets into the task's new ones, behind their projectors; note what that does to the loss."""
-        rows, before = self._seed_rows(ctx), None
-        self._start, self._jump = {}, []
-        if self._past and self.settings.init != "random":
-            self._start, before = self._injection(ctx, rows)
-        elif self._past:
-            before = ctx.run_rows(rows, backward=False)
+        seeds, others = self._seed_rows(ctx)
+        self._start = {}
+        if not self._past:
+            super().begin_task(ctx)
+            return
+        samples = {name: rows for name, rows in (("seed_samples", seeds), ("other_rows", others)) if rows}
+        before = {name: ctx.run_rows(rows, backward=False) for name, rows in samples.items()}
+        if self.settings.init != "random":
+            self._start = self._injection(ctx, seeds)
         super().begin_task(ctx)
         self._project_gradients()
-        if before is not None:
-            after = ctx.run_rows(rows, backward=False) if self._start else before
-            self._jump = [{"seed_samples": len(rows), "loss_at_random": before, "loss_injected": after}]
+        self._jumps[ctx.task_index] = [
+            {
+                "jump_on": name,
+                "rows": len(rows),
+                "loss_at_random": before[name],  # sigma is zero
+                "loss_injected": ctx.run_rows(rows, backward=False) if self._start else before[name],
+            }
+            for name, rows in samples.items()
+        ]
 
-    def _seed_rows(self, ctx: TaskContext) -> list[int]:
-        """The seed samples, drawn from the recipe's seed, ascending."""
+    def _seed_rows(self, ctx: TaskContext) -> tuple[list[int], list[int]]:
+        """The seed samples, and others that the loss is looked at on too; drawn from the recipe's seed, ascending."""
         wanted = self.settings.seed_samples
         assert wanted <= ctx.row_count, "checked when the recipe was read"
-        return sorted(torch.randperm(ctx.row_count, generator=ctx.generator("seed samples"))[:wanted].tolist())
+        drawn = torch.randperm(ctx.row_count, generator=ctx.generator("seed samples")).tolist()
+        return sorted(drawn[:wanted]), sorted(drawn[wanted : wanted + OTHER_ROWS])
 
-    def _injection(self, ctx: TaskContext, rows: Sequence[int]) -> tuple[dict[str, Tensor], float]:
-        """The starts of the layers within reach, and the loss of the seed samples before anything is injected."""
+    def _injection(self, ctx: TaskContext, rows: Sequence[int]) -> dict[str, Tensor]:
+        """The starts of the layers within reach, rank 0's. Raises `FeaturesNotFinite` where a sensitivity is not."""
         reached = set(self.kind.reached)
         past = {name: triplets for name, triplets in self._old_triplets().items() if name in reached}
-        found, loss = measure_sensitivity(ctx, past, rows, scale=self.kind.scale, how=self.settings.sensitivity)
+        found, _ = measure_sensitivity(ctx, past, rows, scale=self.kind.scale, how=self.settings.sensitivity)
         self._sensitivity[ctx.task_index] = {name: _figures(layer) for name, layer in found.items()}
         start: dict[str, Tensor] = {}
         for name, triplets in past.items():
+            if not bool(found[name].scores.isfinite().all()):
+                raise FeaturesNotFinite(name, list(rows))
             new = self._new_triplets(triplets, found[name].scores)
-            start |= {f"{name}.{part}": getattr(new, part) for part in PARTS}
-        return start, loss
+            start |= {f"{name}.{part}": ctx.broadcast(getattr(new, part)) for part in PARTS}
+        return start
 
     def _new_triplets(self, past: Sequence[Triplets], scores: Tensor) -> Triplets:
         if self.settings.init == "copy":
@@ -94,12 +109,17 @@ class InjectedTriplets(ProjectingMethod[LbCl]):
         return by_layer
 
     def trained(self, ctx: TaskContext, starts: Mapping[str, Tensor]) -> dict[str, Trained]:
-        """The injected tensors in the place of random ones."""
-        return super().trained(ctx, {**starts, **self._start})
+        """The injected tensors in the place of random ones; a layer without a free direction gets no triplets."""
+        trained = super().trained(ctx, {**starts, **self._start})
+        layers = [name.removesuffix(".sigma") for name in trained if name.endswith(".sigma")]
+        closed = {name for name in layers if all(trained[f"{name}.{part}"].fixed for part in "UV")}
+        return {name: tensor for name, tensor in trained.items() if name.rpartition(".")[0] not in closed}
 
     def constrained(self, ctx: TaskContext, name: str, start: Tensor) -> Trained:
         """A random start is moved outside the old span; an injected one lies inside it on purpose."""
         guard = self.guard(name, start)
+        if self.settings.projection == "sum":  # the paper's: its gradient is all that is constrained
+            return Trained(start)
         if self.settings.project != "off" and name not in self._start and not guard.empty and not guard.closed:
             start = start_outside(start.mT, guard.spaces[0]).mT if guard.left else start_outside(start, guard.spaces[0])
         return super().constrained(ctx, name, start.contiguous())
@@ -123,8 +143,7 @@ class InjectedTriplets(ProjectingMethod[LbCl]):
             for layer, past in self._old_triplets().items():
                 U, V = torch.cat([old.U for old in past], dim=1), torch.cat([old.V for old in past])
                 for part, vectors in (("U", U), ("V", V.mT)):
-                    if (name := f"{layer}.{part}") in self._trained and not self._trained[name].fixed:
-                        subtract_pairwise(self._attached.parameters[name], vectors, left=part == "U")
+                    subtract_pairwise(self._attached.parameters[f"{layer}.{part}"], vectors, left=part == "U")
 
     # ---- during the task
 
@@ -132,9 +151,8 @@ class InjectedTriplets(ProjectingMethod[LbCl]):
         """sigma, where it has a learning rate of its own."""
         if self.settings.sigma_lr is None:
             return []
-        return [
-            ParameterGroup(GROUP, [layer.sigma for layer in self._attached.layers.values()], self.settings.sigma_lr)
-        ]
+        sigmas = [layer.sigma for layer in self._attached.layers.values()]
+        return [ParameterGroup(GROUP, sigmas, self.settings.sigma_lr, weight_decay=None)]
 
     def penalty(self, ctx: TaskContext) -> Tensor | None:
         """`gamma` times the mean over all U and V of `||U^T U - I||_F`, `||V V^T - I||_F`, batched by width."""
@@ -153,7 +171,11 @@ class InjectedTriplets(ProjectingMethod[LbCl]):
         """Measure the leaks, let the new singular vectors join the bases."""
         finished = self.finished(ctx)
         leaks = self.measure_leaks(ctx, finished)
-        self._records = [*self._jump, *self._sensitivity_records(ctx), *self._join(ctx, finished, leaks)]
+        closed = [name for name in self.memory if name not in finished]
+        self._records = [*self._jumps.get(ctx.task_index, []), *self._sensitivity_records(ctx)]
+        if all(bool(tensor.value.isfinite().all()) for tensor in finished.values()):  # else the stage is refused
+            self._records += self._join(ctx, finished, leaks)
+        self._records += [self.closed_record(name) for name in closed]
         tensors = self.close({name: tensor.value for name, tensor in finished.items()})
         self._start = {}
         return tensors
@@ -199,7 +221,7 @@ class InjectedTriplets(ProjectingMethod[LbCl]):
         """Add the task's triplets to the past. ValueError where old and new ones cannot be paired by index."""
         super().load_trained(task_index, tensors)
         ranks = {triplets.sigma.numel() for triplets in triplets_of(self._past[-1]).values()}
-        if ranks != {self.kind.rank}:
+        if tensors and ranks != {self.kind.rank}:
             found = f"triplets of rank {', '.join(map(str, sorted(ranks)))}" if ranks else "no triplets"
             raise ValueError(f"task {task_index} left {found}; triplets are paired by index, at rank {self.kind.rank}")
 
@@ -213,13 +235,15 @@ class InjectedTriplets(ProjectingMethod[LbCl]):
         """The joint bases, and what was measured."""
         tensors, memory = self.memory.state_dict()
         sensitivity = {str(task): layers for task, layers in self._sensitivity.items()}
-        return tensors, {"memory": memory, "leaks": self.saved_leaks(), "sensitivity": sensitivity}
+        jumps = {str(task): found for task, found in self._jumps.items()}
+        return tensors, {"memory": memory, "leaks": self.saved_leaks(), "sensitivity": sensitivity, "jumps": jumps}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self.memory.load_state_dict(tensors, values["memory"])
         self.load_leaks(values["leaks"])
         self._sensitivity = {int(task): dict(layers) for task, layers in values["sensitivity"].items()}
+        self._jumps = {int(task): list(found) for task, found in values["jumps"].items()}
 
 
 def _figures(layer: LayerSensitivity) -> dict[str, Any]:

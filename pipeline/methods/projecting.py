@@ -81,6 +81,11 @@ class ProjectingMethod(AdapterMethod[Settings]):
             self._leaks[ctx.task_index] = leaks
         return leaks
 
+    def closed_record(self, name: str) -> dict[str, Any]:
+        """The record of a space without a free direction, whose layers trained nothing in this task."""
+        width = self.memory[name].width
+        return {"space": name, "width": width, "rank": width, "free": 0, "energy": None, "leak": None, "closed": True}
+
     def records(self) -> list[dict[str, Any]]:
         """A space's rank, free dimension, captured energy and leak."""
         return self._records
@@ -141,8 +146,3 @@ class GrowingMethod(ProjectingMethod[Growing]):
             record = {"space": name, "width": width, "rank": rank, "free": width - rank, "energy": share}
             records.append(record | {"leak": leaks.get(name.partition(HEAD)[0])})
         return records
-
-    def closed_record(self, name: str) -> dict[str, Any]:
-        """The record of a space without a free direction, whose layers trained nothing in this task."""
-        width = self.memory[name].width
-        return {"space": name, "width": width, "rank": width, "free": 0, "energy": None, "leak": None, "closed": True}

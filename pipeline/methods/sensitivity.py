@@ -43,9 +43,11 @@ def measure_sensitivity(
     sums = {name: _LayerSums(triplets, scale, how) for name, triplets in past.items()}
     with _seen(ctx.model, sums):
         loss = ctx.run_rows(rows, backward=True)
-    flat = ctx.all_sum(torch.cat([layer.packed() for layer in sums.values()]).cpu())
-    parts = flat.split([layer.packed_size for layer in sums.values()])
-    return {name: layer.result(part, len(rows)) for (name, layer), part in zip(sums.items(), parts, strict=True)}, loss
+    found = {}
+    for name in past:
+        layer = sums.pop(name)  # one after another: each is as large as the layer's old triplets
+        found[name] = layer.result(ctx.all_sum(layer.packed()), len(rows))
+    return found, loss
 
 
 @contextmanager
@@ -64,7 +66,8 @@ def _seen(model: nn.Module, sums: Mapping[str, _LayerSums]) -> Iterator[None]:
 class _LayerSums:
     """One layer's gradients with respect to its old triplets, added up over micro-batches.
 
-    The triplets rest on the CPU and are on the device while the layer's backward runs.
+    The triplets rest on the CPU and are on the device while the layer's backward runs; of `batch`, gradients of their
+    size stay there until the pass is over.
     """
 
     def __init__(self, past: Sequence[Triplets], scale: float, how: str) -> None:
@@ -95,14 +98,9 @@ class _LayerSums:
         for index, part in enumerate([squares[None], *found]):
             self._sums[index] = self._sums[index].to(part.device) + part
 
-    @property
-    def packed_size(self) -> int:
-        """Numbers in `packed`."""
-        return sum(self._sizes)
-
     def packed(self) -> Tensor:
-        """All sums, flat, float64."""
-        return torch.cat([part.double() for part in self._sums])
+        """All sums, flat, float64, on the CPU."""
+        return torch.cat([part.cpu().double() for part in self._sums])
 
     def result(self, packed: Tensor, row_count: int) -> LayerSensitivity:
         """From the sums over all ranks."""

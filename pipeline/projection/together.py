@@ -48,7 +48,9 @@ class Together:
         backward, which a tensor made outside of them would cut off.
         """
         groups = [] if _runs_layers_again(self._model) else self._current_groups()
-        used = [projector for group in groups for _, projector in group.members]
+        used = [projector for group in self._groups or () for _, projector in group.members]
+        for projector in used:
+            projector.latest = None  # of the forward before
         try:
             for group in groups:
                 for (_, projector), value in zip(group.members, group.values().unbind(), strict=True):

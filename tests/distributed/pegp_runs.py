@@ -36,7 +36,8 @@ def settings(case: Case) -> Pegp | OLora | Gorp | LbCl:
     if case.method == "olora":
         return OLora(name="olora", lambda_1=0.5, lambda_2=0.1)
     if case.method == "lbcl":
-        return LbCl(name="lbcl", project=case.project, seed_samples=5, sigma_lr=2e-2)
+        common: Any = {"name": "lbcl", "seed_samples": 5, "sigma_lr": 2e-2}
+        return LbCl(mode="literal", **common) if case.mode == "literal" else LbCl(project=case.project, **common)
     lora = "shared" if case.adapter == "shared" else "per_task"
     if case.method == "gorp":
         cores: Any = {"core_rank": 3, "refresh_every": 2, "full_rank_lr": 1e-2, "svd": case.svd}
@@ -49,11 +50,13 @@ def settings(case: Case) -> Pegp | OLora | Gorp | LbCl:
 
 
 def two_tasks(job: Any, method: Any = None) -> dict[str, Any]:
-    """Train two tasks; what each trained, the bases between them, the leak that the method measured."""
+    """Train two tasks (LB-CL: three, since one old task's weight is 1 whatever its sensitivity); what each trained, the
+    bases between them, the leak that the method measured.
+    """
     case = job.case
     method = method or new_method(job, METHODS[case.method])
     result: dict[str, Any] = {}
-    for task in (1, 2):
+    for task in range(1, task_count(case) + 1):
         tensors, losses, live = learn(job, method, task)
         method.load_trained(task, tensors)
         result |= {f"trained_{task}": tensors, f"loss_{task}": losses, f"live_{task}": live}
@@ -62,7 +65,7 @@ def two_tasks(job: Any, method: Any = None) -> dict[str, Any]:
             result["bases"] = method.memory.state_dict()[0]
             result["leaders"] = dict(method.memory.state_dict()[1]["leaders"])
     result["sensitivity"] = {r["sensitivity_of"]: r["per_task"] for r in method.records() if "sensitivity_of" in r}
-    result["jump"] = [[r["loss_at_random"], r["loss_injected"]] for r in method.records() if "loss_injected" in r]
+    result["jump"] = [r[key] for r in method.records() if "jump_on" in r for key in ("loss_at_random", "loss_injected")]
     result["penalty"] = [record["sum"] for record in method.records() if "penalty" in record]
     result["leaks"] = dict(method.leaks().get(2, {}))
     result["drift"] = {r["space"]: r["share"] for r in method.records() if "drift_of" in r}
@@ -76,9 +79,14 @@ def new_method(job: Any, method: Any) -> Any:
     return method(chosen, adapter_kind(ADAPTERS[case.adapter], plain, case.family, chosen), task_count=2)
 
 
+def task_count(case: Case) -> int:
+    """How many tasks are trained."""
+    return 3 if case.method == "lbcl" else 2
+
+
 def rows_of(case: Case) -> list[Any]:
-    """Both tasks' rows."""
-    return [random_examples(ROWS, case.family, seed=seed) for seed in (1, 2)]
+    """All tasks' rows."""
+    return [random_examples(ROWS, case.family, seed=seed) for seed in range(1, task_count(case) + 1)]
 
 
 def steps_of(case: Case, task: int) -> list[Any]:

@@ -140,10 +140,10 @@ def test_signs_do_not_matter_where_they_are_aligned(seed: int, tasks: int, rank:
     order = [torch.randperm(rank, generator=torch.Generator().manual_seed(seed + k)) for k in range(tasks)]
     mixed = [Triplets(p.U[:, o], p.sigma[o], p.V[o]) for p, o in zip(past, order, strict=True)]
     moved = torch.stack([row[o] for row, o in zip(scores, order, strict=True)])
-    straight, again = (
-        as_factors(injected(*given_, align="hungarian"), 1.0) for given_ in ((past, scores), (mixed, moved))
-    )
-    assert torch.allclose(straight.B @ straight.A, again.B @ again.A, atol=1e-4)
+    whole = as_factors(injected(past, scores, align="hungarian"), 1.0)
+    for parts, weights in ((mixed, moved), (flipped, scores), (turned, scores)):
+        other = as_factors(injected(parts, weights, align="hungarian"), 1.0)
+        assert torch.allclose(whole.B @ whole.A, other.B @ other.A, atol=1e-4)
 
 
 def test_one_past_task_is_injected_as_it_is() -> None:
