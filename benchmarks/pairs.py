@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
 RESAMPLES = 4000
-FEWEST_PAIRS = 10  # an interval of fewer says little
+FEWEST_PAIRS = 8  # an interval of fewer says little
 Work = Callable[[int], object]  # given the number of the pair, so that both do the same
 Numbers = NDArray[np.float64]
 
