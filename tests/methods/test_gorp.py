@@ -33,16 +33,16 @@ EQUAL: list[Any] = [
     pytest.param(FIFTY_STEPS, "llama2", {"refresh_every": 10}, id="llama2-50"),
     pytest.param(TWELVE_STEPS, "t5", {"refresh_moments": "keep", "refresh_every": 5}, id="t5-keep"),
     pytest.param(TWELVE_STEPS, "llama2", {"refresh_moments": "reset", "refresh_every": 5}, id="llama2-reset"),
-    pytest.param(TWELVE_STEPS, "t5", {"refresh_every": 1}, id="t5-every-step"),
-    pytest.param(TWELVE_STEPS, "llama2", {"project": "off"}, id="llama2-off"),
-    pytest.param(TWELVE_STEPS, "t5", {"project_b": False}, id="t5-free-b"),
+    pytest.param(TWELVE_STEPS, "t5", {"refresh_every": 1}, id="t5-every-step", marks=pytest.mark.full),
+    pytest.param(TWELVE_STEPS, "llama2", {"project": "off"}, id="llama2-off", marks=pytest.mark.full),
+    pytest.param(TWELVE_STEPS, "t5", {"project_b": False}, id="t5-free-b", marks=pytest.mark.full),
     pytest.param(TWELVE_STEPS, "t5", {"mode": "literal"}, id="t5-literal"),
-    pytest.param(TWELVE_STEPS, "llama2", {"mode": "literal"}, id="llama2-literal"),
+    pytest.param(TWELVE_STEPS, "llama2", {"mode": "literal"}, id="llama2-literal", marks=pytest.mark.full),
     pytest.param(TWELVE_STEPS, "t5", {"mode": "literal", "project": "exact"}, id="t5-literal-exact"),
     pytest.param(TWELVE_STEPS, "llama2", {"project": "gradient", "core_scale": 3.0}, id="llama2-gradient-scale"),
-    pytest.param(TWELVE_STEPS, "t5", {"parts": "B"}, id="t5-B"),
-    pytest.param(TWELVE_STEPS, "llama2", {"parts": "B+L"}, id="llama2-B+L"),
-    pytest.param(TWELVE_STEPS, "t5", {"parts": "B+S"}, id="t5-B+S"),
+    pytest.param(TWELVE_STEPS, "t5", {"parts": "B"}, id="t5-B", marks=pytest.mark.full),
+    pytest.param(TWELVE_STEPS, "llama2", {"parts": "B+L"}, id="llama2-B+L", marks=pytest.mark.full),
+    pytest.param(TWELVE_STEPS, "t5", {"parts": "B+S"}, id="t5-B+S", marks=pytest.mark.full),
 ]
 
 

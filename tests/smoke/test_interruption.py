@@ -78,7 +78,7 @@ LBCL = ["method=lbcl", *GORP[4:]]
 @pytest.mark.parametrize(
     ("method", "kept"),
     [
-        pytest.param(GORP, {"A", "B", "W", "C"}, id="gorp"),
+        pytest.param(GORP, {"A", "B", "W", "C"}, id="gorp", marks=pytest.mark.full),
         pytest.param(LBCL, {"U", "sigma", "V"}, id="lbcl", marks=pytest.mark.full),
     ],
 )

@@ -349,7 +349,8 @@ def sweeping(tmp_path, recipe):
         path.write_text(script)
         out = tmp_path / "out"
         run_main = (
-            "import sys; from pathlib import Path; from pipeline.sweep import main;"
+            "import signal, sys; from pathlib import Path; from pipeline.sweep import main;"
+            "signal.signal(signal.SIGHUP, signal.SIG_DFL);"  # under nohup it is ignored, and a child inherits that
             f"sys.exit(main(sys.argv[1:], _train_script=Path({str(path)!r})))"
         )
         process = subprocess.Popen(
