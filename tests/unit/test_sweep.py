@@ -349,8 +349,7 @@ def sweeping(tmp_path, recipe):
         path.write_text(script)
         out = tmp_path / "out"
         run_main = (
-            "import signal, sys; from pathlib import Path; from pipeline.sweep import main;"
-            "signal.signal(signal.SIGHUP, signal.SIG_DFL);"  # under nohup it is ignored, and a child inherits that
+            "import sys; from pathlib import Path; from pipeline.sweep import main;"
             f"sys.exit(main(sys.argv[1:], _train_script=Path({str(path)!r})))"
         )
         process = subprocess.Popen(
@@ -379,7 +378,11 @@ def wait_for(path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_is_passed_on_as_sigterm_and_waited_for(sweeping, number):
-    process, out = sweeping(STOPPING, "--seeds", "1,2,3", "--jobs", "2")
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup, and a child inherits it
+    try:
+        process, out = sweeping(STOPPING, "--seeds", "1,2,3", "--jobs", "2")
+    finally:
+        signal.signal(signal.SIGHUP, before)
     wait_for(out / "pid-1")
     wait_for(out / "pid-2")
     process.send_signal(number)
