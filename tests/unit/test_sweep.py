@@ -378,11 +378,11 @@ def wait_for(path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_is_passed_on_as_sigterm_and_waited_for(sweeping, number):
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup, and a child inherits it
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup or in the background a child inherits that it is ignored
     try:
         process, out = sweeping(STOPPING, "--seeds", "1,2,3", "--jobs", "2")
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
     wait_for(out / "pid-1")
     wait_for(out / "pid-2")
     process.send_signal(number)
