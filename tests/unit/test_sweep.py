@@ -378,7 +378,7 @@ def wait_for(path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_is_passed_on_as_sigterm_and_waited_for(sweeping, number):
-    before = signal.signal(number, signal.SIG_DFL)  # under nohup or in the background a child inherits that it is ignored
+    before = signal.signal(number, signal.SIG_DFL)  # else ignored under nohup or in the background, as a child inherits
     try:
         process, out = sweeping(STOPPING, "--seeds", "1,2,3", "--jobs", "2")
     finally:
