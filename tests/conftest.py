@@ -34,3 +34,12 @@ def mini_dir() -> Path:
 def model_dir() -> Path:
     """The folder of mini backbones and tokenizers."""
     return _folder("CL_MODEL_DIR", "../shared/models")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random backbones of both families, by family."""
+    from random_backbones import save_backbone  # not at the top: transformers takes seconds to load
+
+    root = tmp_path_factory.mktemp("backbones")
+    return {family: save_backbone(root / family, family) for family in ("t5", "llama2")}

@@ -10,7 +10,6 @@ import pytest
 import torch
 from gorp_compare import differences, reference, space_differences
 from one_rank import SEED, TRAINING, context, learn, new_method, rows_of
-from random_backbones import save_backbone
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -44,12 +43,6 @@ EQUAL: list[Any] = [
     pytest.param(TWELVE_STEPS, "llama2", {"parts": "B+L"}, id="llama2-B+L", marks=pytest.mark.full),
     pytest.param(TWELVE_STEPS, "t5", {"parts": "B+S"}, id="t5-B+S", marks=pytest.mark.full),
 ]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("backbones")
-    return {family: save_backbone(root / family, family) for family in FAMILIES}
 
 
 def gorp(folder: Path, family: str, adapter: LoraAdapter = ADAPTER, **settings: Any) -> Any:

@@ -28,12 +28,6 @@ SMALL: dict[str, Any] = {"core_rank": 4, "refresh_every": 4, "full_rank_lr": 1e-
 WHOLE = TRAINING.model_copy(update={"global_batch_size": 8})  # every step sees all rows
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("backbones")
-    return {family: save_backbone(root / family, family) for family in FAMILIES}
-
-
 def gorp(folder: Path, family: str, **settings: Any) -> Any:
     return new_method(folder, family, "gorp", ADAPTER, **(SMALL | settings))
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from one_rank import context, learn, new_method, rows_of
 from plain_reference import Float64
-from random_backbones import save_backbone
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -26,12 +25,6 @@ from pipeline.workload import Alone, load_workload
 FAMILIES = ("t5", "llama2")
 ADAPTER = TripletAdapter(kind="triplet", rank=3, scale=4.0, dropout=0.0, target_modules="all_linear")
 SEEDS = {"seed_samples": 5}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("backbones")
-    return {family: save_backbone(root / family, family) for family in FAMILIES}
 
 
 def lbcl(folder: Path, family: str, adapter: TripletAdapter = ADAPTER, **settings: Any) -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from one_rank import LORA, ROWS, context, learn, new_method, rows_of
-from random_backbones import save_backbone
 from safetensors.torch import load, save
 from torch import Tensor
 from torch.testing import assert_close
@@ -26,12 +25,6 @@ BOTTLENECK = BottleneckAdapter(kind="bottleneck", width=7)
 PROMPT = PromptAdapter(kind="prompt", length=3)
 PREFIX = PrefixAdapter(kind="prefix", length=3)
 KINDS = {"lora": LORA, "shared": LORA, "bottleneck": BOTTLENECK, "prompt": PROMPT, "prefix": PREFIX}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("backbones")
-    return {family: save_backbone(root / family, family) for family in FAMILIES}
 
 
 def pegp(folder: Path, family: str, kind: str = "lora", **settings: Any) -> Any:

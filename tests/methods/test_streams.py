@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_backbones import PAD, random_examples, save_backbone
+from random_backbones import PAD, random_examples
 from torch import Tensor, nn
 
 from pipeline.adapters.lora import Factors, LoraKind, to_tensors
@@ -19,12 +19,6 @@ from pipeline.recipe import IncLora, SeqLora
 
 FAMILIES = ("t5", "llama2")
 SETTINGS = {"seqlora": SeqLora(name="seqlora"), "inclora": IncLora(name="inclora")}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("backbones")
-    return {family: save_backbone(root / family, family) for family in FAMILIES}
 
 
 def new_method(name: str, folder: Path, family: str) -> Any:

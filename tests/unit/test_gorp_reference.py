@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from plain_reference import Float64, load_plain, pad, rate_of, train_plain
-from random_backbones import random_examples, save_backbone
+from random_backbones import random_examples
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -43,12 +43,6 @@ TRAINING = Training(
 )
 STEPS = [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[1, 6], [3, 4]], [[7, 2], [5, 0]], [[2, 4], [6, -1]]]
 SMALL = GorpSettings(core_rank=3, refresh_every=2, full_rank_lr=1e-2)  # of five steps: three windows
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("backbones")
-    return {family: save_backbone(root / family, family) for family in FAMILIES}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_backbones import PAD, random_examples, save_backbone
+from random_backbones import PAD, random_examples
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,12 +20,6 @@ from pipeline.models import LabelLoss, load_backbone, load_tokenizer, prepare_fo
 from pipeline.recipe import Model
 
 FAMILIES = ("t5", "llama2")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("backbones")
-    return {family: save_backbone(root / family, family) for family in FAMILIES}
 
 
 @pytest.fixture
