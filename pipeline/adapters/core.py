@@ -7,15 +7,14 @@ Legend: U [d_out, k], V [d_in, k] orthonormal columns, constant between refreshe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.adapters.base import See, Trained, install
-from pipeline.adapters.forwards import inputs_seen
+from pipeline.adapters.base import Trained, install
+from pipeline.adapters.branches import AttachedBranches, BranchedLinear
 from pipeline.adapters.lora import AttachedLora, LoraKind
 
 
@@ -26,15 +25,15 @@ class Collects(Protocol):
         """Add those of one micro-batch: [..., d_in], [..., d_out]."""
 
 
-class CoreLinear(nn.Module):
+class CoreLinear(BranchedLinear):
     """A frozen linear layer with a trained core between two fixed bases beside it."""
 
+    parts = ("C",)
     U: Tensor
     Vt: Tensor
 
     def __init__(self, base: nn.Linear, C: Trained, alpha: float) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.alpha = alpha
         self.C = install(self, "C", C, self.weight)
         k = C.start.shape[0]
@@ -42,13 +41,6 @@ class CoreLinear(nn.Module):
         self.register_buffer("U", self.weight.new_zeros(base.out_features, k), persistent=False)
         self.register_buffer("Vt", self.weight.new_zeros(k, base.in_features), persistent=False)
         self.collecting: Sequence[Collects] = ()  # told of every backward
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight."""
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        return weight
 
     def set_bases(self, U: Tensor, V: Tensor) -> None:
         """Replace both bases."""
@@ -90,23 +82,12 @@ class _Seen(torch.autograd.Function):
         return gradients[0], None, None
 
 
-class AttachedCores:
+class AttachedCores(AttachedBranches[BranchedLinear]):
     """LoRA branches and cores in their places in a model."""
 
     def __init__(self, model: nn.Module, lora: AttachedLora, cores: Mapping[str, CoreLinear]) -> None:
-        self._model, self._lora, self.cores = model, lora, cores
-        trained_cores = {f"{name}.C": layer.C for name, layer in cores.items()}
-        self.parameters: Mapping[str, nn.Parameter] = {**lora.parameters, **trained_cores}
-
-    def observe(self, see: See) -> AbstractContextManager[None]:
-        """Inside, every forward tells `see` the inputs [b, s, d_in] of all these layers, under their names."""
-        return inputs_seen(see, {**self._lora.layers, **self.cores})
-
-    def detach(self) -> None:
-        """The bare layers stand in the model again."""
-        self._lora.detach()
-        for name, layer in self.cores.items():
-            self._model.set_submodule(name, layer.base)
+        super().__init__(model, {**lora.layers, **cores})
+        self.cores = cores
 
 
 class CoreLoraKind(LoraKind):

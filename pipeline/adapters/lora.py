@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.adapters.base import Attached, See, TensorProjector, Trained, install, value_of
-from pipeline.adapters.forwards import inputs_seen
+from pipeline.adapters.base import Attached, TensorProjector, Trained, install, value_of
+from pipeline.adapters.branches import AttachedBranches, BranchedLinear, dropout_of
 
 
 @dataclass(frozen=True)
@@ -33,26 +32,19 @@ def summed_update(parts: Sequence[Factors]) -> Tensor:
     return left @ torch.cat([part.A.float() for part in parts], dim=0)
 
 
-class LoraLinear(nn.Module):
+class LoraLinear(BranchedLinear):
     """A frozen linear layer with a trainable low-rank branch beside it."""
 
+    parts = ("A", "B")
     A_projector: TensorProjector | None
     B_projector: TensorProjector | None
 
     def __init__(self, base: nn.Module, A: Trained, B: Trained, scale: float, dropout: float) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.A = install(self, "A", A, self.weight)  # of [r, d_in]
         self.B = install(self, "B", B, self.weight)  # of [d_out, r]
         self.scale = scale
-        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight: transformers' T5 looks at its dtype before it calls the layer."""
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        self.dropout = dropout_of(dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., d_in] -> [..., d_out]
         """`base(x) + s B A dropout(x)`."""
@@ -61,24 +53,8 @@ class LoraLinear(nn.Module):
         return output
 
 
-class AttachedLora:
+class AttachedLora(AttachedBranches[LoraLinear]):
     """LoRA branches in their places in a model."""
-
-    def __init__(self, model: nn.Module, layers: Mapping[str, LoraLinear]) -> None:
-        self._model = model
-        self.layers = layers
-        self.parameters: Mapping[str, nn.Parameter] = {
-            f"{name}.{part}": getattr(layer, part) for name, layer in layers.items() for part in "AB"
-        }
-
-    def observe(self, see: See) -> AbstractContextManager[None]:
-        """Inside, every forward tells `see` the inputs [b, s, d_in] of the layers, under their names."""
-        return inputs_seen(see, self.layers)
-
-    def detach(self) -> None:
-        """The bare layers stand in the model again."""
-        for name, layer in self.layers.items():
-            self._model.set_submodule(name, layer.base)
 
 
 class LoraKind:

@@ -6,15 +6,14 @@ Legend: U [d_out, r]; sigma [r]; V [r, d_in]; s scale, the same for every rank r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.adapters.base import See, TensorProjector, Trained, install, value_of
-from pipeline.adapters.forwards import inputs_seen
+from pipeline.adapters.base import TensorProjector, Trained, install, value_of
+from pipeline.adapters.branches import AttachedBranches, BranchedLinear, dropout_of
 from pipeline.adapters.lora import Factors, LoraKind
 
 PARTS = ("U", "sigma", "V")
@@ -30,27 +29,20 @@ class Triplets:
     V: Tensor  # [r, d_in]
 
 
-class TripletLinear(nn.Module):
+class TripletLinear(BranchedLinear):
     """A frozen linear layer with a branch of trainable triplets beside it."""
 
+    parts = PARTS
     U_projector: TensorProjector | None
     V_projector: TensorProjector | None
 
     def __init__(self, base: nn.Module, U: Trained, sigma: Trained, V: Trained, scale: float, dropout: float) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.U = install(self, "U", U, self.weight)  # of [d_out, r]
         self.sigma = install(self, "sigma", sigma, self.weight)  # [r]
         self.V = install(self, "V", V, self.weight)  # of [r, d_in]
         self.scale = scale
-        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight: transformers' T5 looks at its dtype before it calls the layer."""
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        self.dropout = dropout_of(dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., d_in] -> [..., d_out]
         """`base(x) + s U diag(sigma) V dropout(x)`."""
@@ -60,24 +52,8 @@ class TripletLinear(nn.Module):
         return output
 
 
-class AttachedTriplets:
+class AttachedTriplets(AttachedBranches[TripletLinear]):
     """Triplet branches in their places in a model."""
-
-    def __init__(self, model: nn.Module, layers: Mapping[str, TripletLinear]) -> None:
-        self._model = model
-        self.layers = layers
-        self.parameters: Mapping[str, nn.Parameter] = {
-            f"{name}.{part}": getattr(layer, part) for name, layer in layers.items() for part in PARTS
-        }
-
-    def observe(self, see: See) -> AbstractContextManager[None]:
-        """Inside, every forward tells `see` the inputs [b, s, d_in] of the layers, under their names."""
-        return inputs_seen(see, self.layers)
-
-    def detach(self) -> None:
-        """The bare layers stand in the model again."""
-        for name, layer in self.layers.items():
-            self._model.set_submodule(name, layer.base)
 
 
 class TripletKind(LoraKind):

@@ -1,0 +1,57 @@
+"""What LoRA, triplets and cores have in common: a branch beside each of some frozen linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import ClassVar, Generic, TypeVar
+
+from torch import Tensor, nn
+
+from pipeline.adapters.base import See
+from pipeline.adapters.forwards import inputs_seen
+
+
+class BranchedLinear(nn.Module):
+    """A frozen linear layer with a trained branch beside it."""
+
+    parts: ClassVar[Sequence[str]]  # names of the branch's trained tensors, attributes of the layer
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight: transformers' T5 looks at its dtype before it calls the layer."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+
+def dropout_of(share: float) -> nn.Module:
+    """The dropout of a branch's input."""
+    return nn.Dropout(share) if share > 0 else nn.Identity()
+
+
+Layer = TypeVar("Layer", bound=BranchedLinear)
+
+
+class AttachedBranches(Generic[Layer]):
+    """Branches in their places in a model."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer]) -> None:
+        self._model = model
+        self.layers = layers
+        self.parameters: Mapping[str, nn.Parameter] = {
+            f"{name}.{part}": getattr(layer, part) for name, layer in layers.items() for part in layer.parts
+        }
+
+    def observe(self, see: See) -> AbstractContextManager[None]:
+        """Inside, every forward tells `see` the inputs [b, s, d_in] of the layers, under their names."""
+        return inputs_seen(see, self.layers)
+
+    def detach(self) -> None:
+        """The bare layers stand in the model again."""
+        for name, layer in self.layers.items():
+            self._model.set_submodule(name, layer.base)
