@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -165,8 +165,17 @@ class Constrained(AdapterTraining):
     """A method that keeps updates outside protected subspaces."""
 
     name: str
+    papers: ClassVar[dict[str, object]] = {}  # the paper's values, which `mode: literal` sets
     mode: Literal["corrected", "literal"] = "corrected"
     project: Annotated[Literal["exact", "gradient", "off"], BeforeValidator(_word_off)] = "exact"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _literal(cls, raw: object) -> object:
+        """The paper's values stand for keys that are not given."""
+        if isinstance(raw, dict) and raw.get("mode") == "literal":
+            return cls.papers | raw
+        return raw
 
 
 class Projecting(Constrained):
@@ -187,6 +196,7 @@ class Pegp(Projecting):
     """Updates orthogonal to the features of old tasks (methods.md section 2)."""
 
     name: Literal["pegp"]  # mode literal: gradients alone, one LoRA for all tasks
+    papers: ClassVar[dict[str, object]] = {"project": "gradient", "lora": "shared"}
     energy_max: Energy | None = None  # the energy rises towards it, task by task; null: it is constant
     merge_beta: Annotated[float, Field(ge=0, lt=1)] | None = None
     prefix_values: Literal["free", "project", "freeze"] = "project"
@@ -201,19 +211,12 @@ class Pegp(Projecting):
             )
         return self
 
-    @model_validator(mode="before")
-    @classmethod
-    def _literal(cls, raw: object) -> object:
-        """`mode: literal` sets the paper's values of keys that are not given."""
-        if isinstance(raw, dict) and raw.get("mode") == "literal":
-            return {"project": "gradient", "lora": "shared"} | raw
-        return raw
-
 
 class Gorp(Projecting):
     """Low-rank and full-rank updates orthogonal to the gradients of old tasks (methods.md section 3)."""
 
     name: Literal["gorp"]  # mode literal: the paper's own core, and gradients alone
+    papers: ClassVar[dict[str, object]] = {"project": "gradient", "project_b": False, "refresh_moments": "keep"}
     parts: Literal["B", "B+L", "B+S", "B+L+S"] = "B+L+S"  # L: full-rank cores; S: spaces grow over all tasks
     gradient_space: Literal["first_moment", "mean_gradient", "hidden_features"] = "first_moment"
     lora: Literal["per_task", "shared"] = "shared"
@@ -236,14 +239,6 @@ class Gorp(Projecting):
         """Whether spaces hold all tasks, not the last one alone."""
         return "S" in self.parts
 
-    @model_validator(mode="before")
-    @classmethod
-    def _literal(cls, raw: object) -> object:
-        """`mode: literal` sets the paper's values of keys that are not given."""
-        if isinstance(raw, dict) and raw.get("mode") == "literal":
-            return {"project": "gradient", "project_b": False, "refresh_moments": "keep"} | raw
-        return raw
-
     @model_validator(mode="after")
     def _literal_moments(self) -> Self:
         if self.mode == "literal" and self.gradient_space == "hidden_features":
@@ -260,6 +255,7 @@ class LbCl(Constrained):
     """Triplets injected from old tasks, trained outside their singular vectors (methods.md section 4)."""
 
     name: Literal["lbcl"]  # mode literal: the sum of pairwise projections on gradients, plain averages
+    papers: ClassVar[dict[str, object]] = {"project": "gradient", "projection": "sum", "align": "none"}
     init: Literal["with_sigma", "without_sigma", "random", "copy"] = "with_sigma"
     projection: Literal["joint", "sum"] = "joint"  # sum: the paper's, on gradients alone
     align: Literal["signs", "hungarian", "none"] = "signs"
@@ -273,14 +269,6 @@ class LbCl(Constrained):
     def new_lora_each_task(self) -> bool:
         """Always."""
         return True
-
-    @model_validator(mode="before")
-    @classmethod
-    def _literal(cls, raw: object) -> object:
-        """`mode: literal` sets the paper's values of keys that are not given."""
-        if isinstance(raw, dict) and raw.get("mode") == "literal":
-            return {"project": "gradient", "projection": "sum", "align": "none"} | raw
-        return raw
 
     @model_validator(mode="after")
     def _projects_gradients(self) -> Self:
