@@ -23,7 +23,6 @@ from pipeline.optimizer_groups import ParameterGroup
 from pipeline.projection.features import FeaturesNotFinite
 from pipeline.projection.guard import Guard
 from pipeline.projection.projector import FromLeft, start_outside
-from pipeline.projection.subspace import Subspace
 from pipeline.projection.triplets import joined, subtract_pairwise
 from pipeline.recipe import LbCl
 
@@ -57,9 +56,10 @@ class InjectedTriplets(ProjectingMethod[LbCl]):
             super().begin_task(ctx)
             return
         samples = {name: rows for name, rows in (("seed_samples", seeds), ("other_rows", others)) if rows}
-        before = {name: ctx.run_rows(rows, backward=False) for name, rows in samples.items()}
+        before = {}
         if self.settings.init != "random":
-            self._start = self._injection(ctx, seeds)
+            self._start, before["seed_samples"] = self._injection(ctx, seeds)
+        before |= {name: ctx.run_rows(rows, backward=False) for name, rows in samples.items() if name not in before}
         super().begin_task(ctx)
         self._project_gradients()
         self._jumps[ctx.task_index] = [
@@ -79,11 +79,14 @@ class InjectedTriplets(ProjectingMethod[LbCl]):
         drawn = torch.randperm(ctx.row_count, generator=ctx.generator("seed samples")).tolist()
         return sorted(drawn[:wanted]), sorted(drawn[wanted : wanted + OTHER_ROWS])
 
-    def _injection(self, ctx: TaskContext, rows: Sequence[int]) -> dict[str, Tensor]:
-        """The starts of the layers within reach, rank 0's. Raises `FeaturesNotFinite` where a sensitivity is not."""
+    def _injection(self, ctx: TaskContext, rows: Sequence[int]) -> tuple[dict[str, Tensor], float]:
+        """The starts of the layers within reach, rank 0's, and the rows' loss without them.
+
+        Raises `FeaturesNotFinite` where a sensitivity is not finite.
+        """
         reached = set(self.kind.reached)
         past = {name: triplets for name, triplets in self._old_triplets().items() if name in reached}
-        found, _ = measure_sensitivity(ctx, past, rows, scale=self.kind.scale, how=self.settings.sensitivity)
+        found, loss = measure_sensitivity(ctx, past, rows, scale=self.kind.scale, how=self.settings.sensitivity)
         self._sensitivity[ctx.task_index] = {name: _figures(layer) for name, layer in found.items()}
         start: dict[str, Tensor] = {}
         for name, triplets in past.items():
@@ -91,7 +94,7 @@ class InjectedTriplets(ProjectingMethod[LbCl]):
                 raise FeaturesNotFinite(name, list(rows))
             new = self._new_triplets(triplets, found[name].scores)
             start |= {f"{name}.{part}": ctx.broadcast(getattr(new, part)) for part in PARTS}
-        return start
+        return start, loss
 
     def _new_triplets(self, past: Sequence[Triplets], scores: Tensor) -> Triplets:
         if self.settings.init == "copy":
@@ -189,27 +192,13 @@ class InjectedTriplets(ProjectingMethod[LbCl]):
     def _join(
         self, ctx: TaskContext, finished: Mapping[str, Finished], leaks: Mapping[str, float]
     ) -> list[dict[str, Any]]:
-        """On rank 0, then broadcast: rounding differs between devices."""
+        """The new singular vectors join the bases."""
         columns = {
             name: tensor.value if name.endswith(".U") else tensor.value.mT
             for name, tensor in finished.items()
             if not name.endswith(".sigma")
         }
-        grown: dict[str, Subspace] = {}
-
-        def join() -> list[int]:
-            for name, R in columns.items():
-                grown[name] = joined(self.memory.get(name, len(R)), R)
-            return [space.rank for space in grown.values()]
-
-        records = []
-        for (name, R), rank in zip(columns.items(), ctx.on_first(join), strict=True):
-            width = len(R)
-            basis = grown[name].basis if name in grown else torch.empty(width, rank)
-            self.memory.put(name, Subspace(ctx.broadcast(basis)))
-            record = {"space": name, "width": width, "rank": rank, "free": width - rank}
-            records.append(record | {"leak": leaks.get(name)})
-        return records
+        return self.remember(ctx, columns, leaks, lambda name, R: (joined(self.memory.get(name, len(R)), R), {}))
 
     def _sensitivity_records(self, ctx: TaskContext) -> list[dict[str, Any]]:
         found = self._sensitivity.get(ctx.task_index, {})

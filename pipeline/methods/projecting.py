@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -81,6 +81,34 @@ class ProjectingMethod(AdapterMethod[Settings]):
             self._leaks[ctx.task_index] = leaks
         return leaks
 
+    def remember(
+        self,
+        ctx: TaskContext,
+        known: Mapping[str, Tensor],
+        leaks: Mapping[str, float],
+        grown: Callable[[str, Tensor], tuple[Subspace, dict[str, float]]],
+    ) -> list[dict[str, Any]]:
+        """Keep what `grown` makes of each space and its new directions in `known` [d, n]; give the records.
+
+        `grown` gives figures for the record too. It runs on rank 0, since rounding and singular vectors' signs
+        differ between devices; the bases are then broadcast.
+        """
+        made: dict[str, Subspace] = {}
+
+        def grow_all() -> list[tuple[int, dict[str, float]]]:
+            found = {name: grown(name, columns) for name, columns in known.items()}
+            made.update({name: space for name, (space, _) in found.items()})
+            return [(space.rank, figures) for space, figures in found.values()]
+
+        records = []
+        for (name, columns), (rank, figures) in zip(known.items(), ctx.on_first(grow_all), strict=True):
+            width = len(columns)
+            basis = made[name].basis if name in made else torch.empty(width, rank)
+            self.memory.put(name, Subspace(ctx.broadcast(basis)))
+            record = {"space": name, "width": width, "rank": rank, "free": width - rank, **figures}
+            records.append(record | {"leak": leaks.get(name.partition(HEAD)[0])})
+        return records
+
     def closed_record(self, name: str) -> dict[str, Any]:
         """The record of a space without a free direction, whose layers trained nothing in this task."""
         width = self.memory[name].width
@@ -123,26 +151,14 @@ class GrowingMethod(ProjectingMethod[Growing]):
     ) -> list[dict[str, Any]]:
         """Extend each space by its second moment C [d, d], or by `columns` R [d, n], and give the records of it.
 
-        On rank 0, since singular vectors' signs differ between devices; then broadcast. `anew`: each space is
-        replaced. `caps`: the most directions of each space.
+        `anew`: each space is replaced. `caps`: the most directions of each space.
         """
-        grown: dict[str, Subspace] = {}
         energy = self.energy(ctx.task_index)
 
-        def extend() -> list[tuple[int, float]]:
-            shares = []
-            for name, found in known.items():
-                old = Subspace.empty(len(found)) if anew else self.memory.get(name, len(found))
-                C = found.double() @ found.double().mT if columns else found
-                grown[name] = old.extended(C=C, energy=energy, max_rank=caps[name], merge_beta=merge_beta)
-                shares.append((grown[name].rank, grown[name].share(C)))
-            return shares
+        def extended(name: str, found: Tensor) -> tuple[Subspace, dict[str, float]]:
+            old = Subspace.empty(len(found)) if anew else self.memory.get(name, len(found))
+            C = found.double() @ found.double().mT if columns else found
+            space = old.extended(C=C, energy=energy, max_rank=caps[name], merge_beta=merge_beta)
+            return space, {"energy": space.share(C)}
 
-        records = []
-        for (name, found), (rank, share) in zip(known.items(), ctx.on_first(extend), strict=True):
-            width = len(found)
-            basis = grown[name].basis if name in grown else torch.empty(width, rank)
-            self.memory.put(name, Subspace(ctx.broadcast(basis)))
-            record = {"space": name, "width": width, "rank": rank, "free": width - rank, "energy": share}
-            records.append(record | {"leak": leaks.get(name.partition(HEAD)[0])})
-        return records
+        return self.remember(ctx, known, leaks, extended)

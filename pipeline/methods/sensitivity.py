@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,15 +53,17 @@ def measure_sensitivity(
 
 @contextmanager
 def _seen(model: nn.Module, sums: Mapping[str, _LayerSums]) -> Iterator[None]:
-    def listen(layer: _LayerSums) -> object:
-        return lambda _, inputs, output: backward_seen(output, inputs[0], (layer,))
-
-    handles = [model.get_submodule(name).register_forward_hook(listen(layer)) for name, layer in sums.items()]  # type: ignore[arg-type]
+    handles = [model.get_submodule(name).register_forward_hook(partial(_told, layer)) for name, layer in sums.items()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _told(layer: _LayerSums, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor:
+    """A forward hook: the output's backward tells `layer`."""
+    return backward_seen(output, inputs[0], (layer,))
 
 
 class _LayerSums:
@@ -82,9 +85,8 @@ class _LayerSums:
 
     def add(self, x: Tensor, g: Tensor) -> None:
         """Add one micro-batch's inputs [b, n, d_in] and output gradients [b, n, d_out]."""
-        U, sigma, V = (part.to(x.device) for part in (self._U, self._sigma, self._V))
         x, g = x.to(torch.promote_types(x.dtype, torch.float32)), g.to(torch.promote_types(g.dtype, torch.float32))
-        U, sigma, V = U.to(x), sigma.to(x), V.to(x)
+        U, sigma, V = self._U.to(x), self._sigma.to(x), self._V.to(x)
         along_v, along_u = x @ V.mT, g @ U  # [b, n, R]
         d_sigma = self._scale * (along_v * along_u).sum(dim=1)  # [b, R]
         d_U = self._scale * sigma * (g.mT @ along_v)  # [b, d_out, R]
