@@ -9,67 +9,29 @@ if __name__ == "__main__":
 
 import argparse
 import copy
-import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from benchmarks import gorp_costs, gorp_layers
-from benchmarks.pairs import Report, compare_built, table, write_json
+from benchmarks import command_line, gorp_costs, gorp_layers
+from benchmarks.pairs import Report, compare_built
+from benchmarks.streams import Streams
 from benchmarks.tasks import SETTINGS, STREAM, Batch, Bench, PlainTraining
-from data_prep.errors import UserError
 from pipeline.adapters.core import CoreLinear
 from pipeline.models import skeleton
 from pipeline.projection.sketch import Sketch
 
-MODELS = ("mini_t5", "mini_llama2")
 WINDOW = SETTINGS["gorp"].refresh_every  # steps: with one refresh
 MEMORY_STEPS = 15  # of each old task: beyond Adam's horizon of ten, as its first moment is at a real task's end
 REFRESH = "refresh, on the host beside the masters"
 Work = Callable[[int], object]
 
 
-class Streams:
-    """Methods as they stand before their second task and before the stream's last."""
-
-    def __init__(self, model: str) -> None:
-        self.model = model
-        self.bench = Bench(model, ["dbpedia", "SST-2", "agnews"])
-        self._between = Bench(model, STREAM[1:-1], order="order4")  # whose prompts have room for MultiRC
-        self._after: dict[tuple[str, int], Any] = {}
-
-    def plain(self) -> Any:
-        """`inclora`."""
-        return self.bench.method("inclora")
-
-    def after(self, name: str, tasks: int) -> Any:
-        """The method after so many tasks; GORP has learnt each a little, O-LoRA's old factors may be any."""
-        if (name, tasks) not in self._after:
-            method = self.bench.method(name) if tasks == 1 else copy.deepcopy(self.after(name, tasks - 1))
-            bench = self.bench if tasks == 1 else self._between
-            bench.remember(method, STREAM[tasks - 1], tasks, steps=MEMORY_STEPS if name == "gorp" else 0)
-            self._after[name, tasks] = method
-        return self._after[name, tasks]
-
-    def begin(self, method: Any, task: str, index: int) -> PlainTraining:
-        """A copy of the method at the start of a task."""
-        return self.bench.begin(copy.deepcopy(method), task, index)[1]
-
-    def batches(self, training: PlainTraining, task: str, micro_batch: int) -> list[list[Batch]]:
-        """An epoch's steps."""
-        return self.bench.steps(training.ctx, task, micro_batch=micro_batch)
-
-    def longest(self, task: str, micro_batch: int) -> list[Batch]:
-        """The step of most positions."""
-        steps = self.batches(self.begin(self.plain(), task, 2), task, micro_batch)
-        return max(steps, key=lambda step: max(batch["input_ids"].numel() for batch in step))
-
-
 def step(report: Report, streams: Streams, pairs: int) -> None:
     """The mean step, refreshes included: against `inclora`, and at task 15 against task 2; `olora` beside it."""
-    plain, gorp, late = streams.plain(), streams.after("gorp", 1), streams.after("gorp", 14)
+    plain, gorp, late = streams.after("inclora", 0), streams.after("gorp", 1), streams.after("gorp", 14)
     olora, late_olora = streams.after("olora", 1), streams.after("olora", 14)
     _state_memory(report, streams.model, late)
     last = len(STREAM)
@@ -84,7 +46,7 @@ def step(report: Report, streams: Streams, pairs: int) -> None:
 
 def naive(report: Report, streams: Streams, pairs: int) -> None:
     """The same method with `svd: exact`, which forms G: what sketches save, against `inclora`."""
-    plain, exact = streams.plain(), copy.deepcopy(streams.after("gorp", 1))
+    plain, exact = streams.after("inclora", 0), copy.deepcopy(streams.after("gorp", 1))
     exact.settings = exact.settings.model_copy(update={"svd": "exact"})
     _windows(report, streams, "gorp, svd exact / inclora", "agnews", 16, (exact, 2), (plain, 2), pairs=pairs)
 
@@ -133,7 +95,7 @@ def _state_memory(report: Report, model: str, gorp: Any) -> None:
 def memory(report: Report, streams: Streams, _: int) -> None:
     """Peak bytes of a step on the device, and of a refresh on the host."""
     model = streams.model
-    plain, gorp, late = streams.plain(), streams.after("gorp", 1), streams.after("gorp", 14)
+    plain, gorp, late = streams.after("inclora", 0), streams.after("gorp", 1), streams.after("gorp", 14)
     for micro_batch in (16, 8):
         title = f"{model}: peak bytes of a step, agnews, {16 // micro_batch} x {micro_batch}"
         batches = streams.longest("agnews", micro_batch)
@@ -197,7 +159,7 @@ def _on_device(training: PlainTraining) -> Iterator[Tensor]:
 def flops(report: Report, streams: Streams, _: int) -> None:
     """Operations of a step by torch's counter."""
     methods = {
-        "inclora": (streams.plain(), 2),
+        "inclora": (streams.after("inclora", 0), 2),
         "olora at task 2": (streams.after("olora", 1), 2),
         "olora at task 15": (streams.after("olora", 14), len(STREAM)),
         "gorp at task 2": (streams.after("gorp", 1), 2),
@@ -207,7 +169,7 @@ def flops(report: Report, streams: Streams, _: int) -> None:
     batches = streams.longest("agnews", 16)
     for name, (method, index) in methods.items():
         training = streams.begin(method, "agnews", index)
-        counts = [gorp_costs.counted(lambda: training.step(batches)) for _ in range(WINDOW)]  # noqa: B023
+        counts = [gorp_costs.counted(partial(training.step, batches)) for _ in range(WINDOW)]
         found[name] = sum(counts) // WINDOW
         if name.startswith("gorp"):
             found[f"{name}, its plain steps"] = counts[0]
@@ -227,39 +189,20 @@ def costs(report: Report, what: str) -> None:
             report.state(f"{backbone.name}: bytes", sizes)
 
 
-def main() -> int:
-    """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python benchmarks/gorp.py", description=__doc__)
-    parts = ("step", "layers", "naive", "memory", "flops", "all")
-    parser.add_argument("what", nargs="?", default="all", choices=parts)
-    parser.add_argument("--model", choices=MODELS, help="both by default")
-    parser.add_argument("--pairs", type=int, default=200)
-    parser.add_argument("--json", type=Path, metavar="OUT")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of each start and stop
-    report = Report()
-    print(table([]), flush=True)
-    try:
-        for model in [options.model] if options.model else MODELS:
-            chosen = [part for part in (step, naive, memory, flops) if options.what in (part.__name__, "all")]
-            streams = Streams(model) if chosen else None
-            for part in chosen:
-                assert streams is not None
-                part(report, streams, options.pairs)
-        costs(report, options.what)
-        if options.what in ("layers", "all"):
-            gorp_layers.layers(report, options.pairs)
-        if options.what in ("naive", "all"):
-            gorp_layers.naive(report)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if options.json:
-        arguments = {key: value for key, value in vars(options).items() if key != "json"}
-        write_json(options.json, report.ratios, report.stated, arguments)
-    return 0
+def measure(report: Report, options: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    for model in options.models:
+        chosen = [part for part in (step, naive, memory, flops) if options.what in (part.__name__, "all")]
+        streams = Streams(model, steps={"gorp": MEMORY_STEPS}) if chosen else None
+        for part in chosen:
+            assert streams is not None
+            part(report, streams, options.pairs)
+    costs(report, options.what)
+    if options.what in ("layers", "all"):
+        gorp_layers.layers(report, options.pairs)
+    if options.what in ("naive", "all"):
+        gorp_layers.naive(report)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(__file__, __doc__, ("step", "layers", "naive", "memory", "flops"), measure))

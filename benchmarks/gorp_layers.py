@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -145,28 +146,30 @@ def layers(report: Report, pairs: int) -> None:
     """Projected LoRA by the step, cores by the window of ten, each against plain LoRA."""
     for name, d_in, d_out, tokens, share in BRANCHES:
         for task, protected in TASKS.items():
-
-            def steps() -> tuple[Work, Work]:
-                base, x, g = base_layer(d_in, d_out, tokens)  # noqa: B023
-                first, second = (OneLayer(branch(base, rank), x, g) for rank in (protected, 0))  # noqa: B023
-                return lambda _: first.train(), lambda _: second.train()
-
             title = f"{name} {d_in} to {d_out}, {tokens} tokens, task {task}: LoRA"
+            steps = partial(_branch_steps, d_in, d_out, tokens, protected)
             found = compare_built(title, steps, pairs=max(int(share * pairs), 4), builds=4, goal=1.10)
             report.add(found)
     for name, d_in, d_out, tokens, share in CORES:
         for task, protected in TASKS.items():
-
-            def windows() -> tuple[Work, Work]:
-                base, x, g = base_layer(d_in, d_out, tokens)  # noqa: B023
-                core = CoreTraining(base, x, g, protected)  # noqa: B023
-                plain = OneLayer(branch(base_layer(d_in, d_out, 1)[0], 0), x, g)  # noqa: B023
-                return core.window, lambda _: plain.window()
-
+            windows = partial(_core_windows, d_in, d_out, tokens, protected)
             title = f"{name} {d_in} to {d_out}, {tokens} tokens, task {task}: core, 10 steps"
             some = max(int(share * pairs), 2)
             report.add(compare_built(title, windows, pairs=some, builds=min(some, 4), goal=1.10, warm_up=1))
         _refresh_beside_full_svd(report, name, d_in, d_out, tokens, naive=False)
+
+
+def _branch_steps(d_in: int, d_out: int, tokens: int, protected: int) -> tuple[Work, Work]:
+    base, x, g = base_layer(d_in, d_out, tokens)
+    first, second = (OneLayer(branch(base, rank), x, g) for rank in (protected, 0))
+    return lambda _: first.train(), lambda _: second.train()
+
+
+def _core_windows(d_in: int, d_out: int, tokens: int, protected: int) -> tuple[Work, Work]:
+    base, x, g = base_layer(d_in, d_out, tokens)
+    core = CoreTraining(base, x, g, protected)
+    plain = OneLayer(branch(base_layer(d_in, d_out, 1)[0], 0), x, g)
+    return core.window, lambda _: plain.window()
 
 
 def naive(report: Report) -> None:

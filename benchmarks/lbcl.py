@@ -9,48 +9,20 @@ if __name__ == "__main__":
 
 import argparse
 import copy
-import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from benchmarks import gorp_costs
-from benchmarks.pairs import Report, compare, compare_built, table, write_json
-from benchmarks.tasks import STREAM, Batch, Bench, PlainTraining
-from data_prep.errors import UserError
+from benchmarks import command_line, gorp_costs
+from benchmarks.pairs import Report, compare, compare_built
+from benchmarks.streams import Streams
+from benchmarks.tasks import STREAM, PlainTraining
 from pipeline.adapters.triplet import Triplets
-from pipeline.context import Context
 
-MODELS = ("mini_t5", "mini_llama2")
 MEMORY_STEPS = 2  # of each old task: its triplets then leave the span that they were injected in
 Work = Callable[[int], object]
-
-
-class Streams:
-    """Methods as they stand before their second task and before the stream's last."""
-
-    def __init__(self, model: str) -> None:
-        self.model = model
-        self.bench = Bench(model, ["dbpedia", "SST-2", "agnews"])
-        self._between = Bench(model, STREAM[1:-1], order="order4")  # whose prompts have room for MultiRC
-        self._after: dict[tuple[str, int], Any] = {}
-
-    def after(self, name: str, tasks: int) -> Any:
-        """The method after so many tasks; LB-CL has learnt each a little, O-LoRA's old factors may be any."""
-        if tasks == 0:
-            return self.bench.method(name)
-        if (name, tasks) not in self._after:
-            method = copy.deepcopy(self.after(name, tasks - 1))
-            bench = self.bench if tasks == 1 else self._between
-            bench.remember(method, STREAM[tasks - 1], tasks, steps=MEMORY_STEPS if name == "lbcl" else 0)
-            self._after[name, tasks] = method
-        return self._after[name, tasks]
-
-    def begin(self, method: Any, task: str, index: int) -> tuple[Context, PlainTraining]:
-        """A copy of the method at the start of a task."""
-        return self.bench.begin(copy.deepcopy(method), task, index)
 
 
 def step(report: Report, streams: Streams, pairs: int) -> None:
@@ -62,10 +34,10 @@ def step(report: Report, streams: Streams, pairs: int) -> None:
     report.state(f"{streams.model}: bytes of all joint bases after 14 tasks", late[0].memory.bytes)
     olora = (streams.after("olora", 14), last)
 
-    def measure(name: str, task: str, size: int, first: Any, second: Any, goal: float | None) -> None:
+    def compared(name: str, task: str, size: int, first: Any, second: Any, goal: float | None) -> None:
         def build() -> tuple[Work, Work]:
-            (ctx, one), (_, other) = (streams.begin(method, task, index) for method, index in (first, second))
-            batches = streams.bench.steps(ctx, task, micro_batch=size)
+            one, other = (streams.begin(method, task, index) for method, index in (first, second))
+            batches = streams.batches(one, task, size)
 
             def on(training: PlainTraining) -> Work:
                 return lambda index: training.step(batches[index % len(batches)])
@@ -76,10 +48,10 @@ def step(report: Report, streams: Streams, pairs: int) -> None:
         report.add(compare_built(title, build, pairs=pairs if goal else max(pairs // 4, 8), goal=goal))
 
     for task, size, goal in (("agnews", 16, 1.10), ("agnews", 8, None), ("SST-2", 16, None), ("SST-2", 8, None)):
-        measure("lbcl / inclora", task, size, early, plain, goal)
-    measure("lbcl at task 15 / at task 2", "agnews", 16, late, early, 1.02)
-    measure("lbcl at task 15 / inclora", "agnews", 16, late, plain, None)
-    measure("olora at task 15 / inclora", "agnews", 16, olora, plain, None)
+        compared("lbcl / inclora", task, size, early, plain, goal)
+    compared("lbcl at task 15 / at task 2", "agnews", 16, late, early, 1.02)
+    compared("lbcl at task 15 / inclora", "agnews", 16, late, plain, None)
+    compared("olora at task 15 / inclora", "agnews", 16, olora, plain, None)
 
 
 class Separate(nn.Module):
@@ -111,10 +83,10 @@ def start(report: Report, streams: Streams, pairs: int) -> None:
     """Sensitivity and injection at task 15: as a share of the task's training time, and against separate modules."""
     method, last = streams.after("lbcl", 14), len(STREAM)
     bench, task = streams.bench, STREAM[-1]
-    bare, _ = streams.begin(streams.after("inclora", 0), task, last)
+    bare = streams.begin(streams.after("inclora", 0), task, last).ctx
     ours = copy.deepcopy(method)
-    ctx, training = streams.begin(method, task, last)
-    steps = bench.steps(ctx, task, micro_batch=bench.recipe.training.micro_batch_size)
+    training = streams.begin(method, task, last)
+    steps = streams.batches(training, task, bench.recipe.training.micro_batch_size)
     some = steps[:: max(len(steps) // 8, 1)]
     total = bench.tasks[task].training.epochs * len(steps)
     # A plain backbone with its engine forgotten: the pass runs before training.
@@ -139,7 +111,7 @@ def start(report: Report, streams: Streams, pairs: int) -> None:
         scale=len(some) / total,
     )
     report.add(share)
-    apart, _ = streams.begin(streams.after("inclora", 0), task, last)
+    apart = streams.begin(streams.after("inclora", 0), task, last).ctx
     apart._engine = None
     for layer, past in ours._old_triplets().items():
         base: Any = apart.model.get_submodule(layer)
@@ -163,13 +135,13 @@ def start(report: Report, streams: Streams, pairs: int) -> None:
 def memory(report: Report, streams: Streams, _: int) -> None:
     """Peak bytes of a step above what stands between steps, and with it, at task 15: against `inclora` and `olora`."""
     last, found = len(STREAM), {}
+    batches = streams.longest("agnews", 16)
     for name, method in (
         ("inclora", streams.after("inclora", 0)),
         ("olora", streams.after("olora", 14)),
         ("lbcl", streams.after("lbcl", 14)),
     ):
-        ctx, training = streams.begin(method, "agnews", last)
-        batches = max(streams.bench.steps(ctx, "agnews", micro_batch=16), key=_positions)
+        training = streams.begin(method, "agnews", last)
         training.step(batches)
         held = [*training.module.parameters(), *training.module.buffers()]
         held += [old for _, old in getattr(training.method, "_old", [])]
@@ -177,41 +149,19 @@ def memory(report: Report, streams: Streams, _: int) -> None:
             held += [value for value in state.values() if isinstance(value, Tensor)]
         for group in training.module._together._groups or ():
             held += [group.starts, group.matrices]
-        found[name] = gorp_costs.resident_bytes(held) + gorp_costs.peak_bytes(lambda: training.step(batches))  # noqa: B023
+        found[name] = gorp_costs.resident_bytes(held) + gorp_costs.peak_bytes(partial(training.step, batches))
     report.state(f"{streams.model}: peak bytes of a step at task 15, agnews, 1 x 16", found)
     report.state(f"{streams.model}: lbcl / olora", f"{found['lbcl'] / found['olora']:.3f} (the paper: 1.14)")
 
 
-def _positions(step: list[Batch]) -> int:
-    return max(batch["input_ids"].numel() for batch in step)
-
-
-def main() -> int:
-    """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python benchmarks/lbcl.py", description=__doc__)
-    parser.add_argument("what", nargs="?", default="all", choices=("step", "start", "memory", "all"))
-    parser.add_argument("--model", choices=MODELS, help="both by default")
-    parser.add_argument("--pairs", type=int, default=200)
-    parser.add_argument("--json", type=Path, metavar="OUT")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of each start and stop
-    report = Report()
-    print(table([]), flush=True)
-    try:
-        for model in [options.model] if options.model else MODELS:
-            streams = Streams(model)
-            for part in (start, memory, step):
-                if options.what in (part.__name__, "all"):
-                    part(report, streams, options.pairs)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if options.json:
-        arguments = {key: value for key, value in vars(options).items() if key != "json"}
-        write_json(options.json, report.ratios, report.stated, arguments)
-    return 0
+def measure(report: Report, options: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    for model in options.models:
+        streams = Streams(model, steps={"lbcl": MEMORY_STEPS})
+        for part in (start, memory, step):
+            if options.what in (part.__name__, "all"):
+                part(report, streams, options.pairs)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(__file__, __doc__, ("step", "start", "memory"), measure))

@@ -9,23 +9,23 @@ if __name__ == "__main__":
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.pairs import Report, compare, compare_built, table, write_json
+from benchmarks import command_line
+from benchmarks.pairs import Report, compare, compare_built
 from benchmarks.tasks import STREAM, Bench, PlainTraining, copied
-from data_prep.errors import UserError
 from pipeline.adapters.base import Trained
 from pipeline.adapters.lora import LoraLinear
+from pipeline.context import Context
 from pipeline.methods.feature_pass import feature_sample, measure
 from pipeline.projection.projector import projector, start_outside
 from pipeline.projection.subspace import Subspace
 
-MODELS = ("mini_t5", "mini_llama2")
 Q_AND_V = {"mini_t5": ["q", "v"], "mini_llama2": ["q_proj", "v_proj"]}
 # name, d_in, d_out
 LAYERS = [
@@ -127,17 +127,24 @@ def features(report: Report, model: str, pairs: int) -> None:
         bench = Bench(model, ["agnews"], target_modules=targets)
         method = bench.method("pegp")
         ctx, _ = bench.begin(method, "agnews", 1)
-        attached, shapes = method._attached, method._shapes
         for size in (96, 256):
             rows = feature_sample(ctx, size)
             found = compare(
                 f"{model}: feature pass / forward, {words}, {size} rows",
-                lambda _: measure(ctx, attached, shapes, rows),  # noqa: B023
-                lambda _: ctx.run_rows(rows, backward=False),  # noqa: B023
+                partial(_feature_pass, ctx, method, rows),
+                partial(_forward, ctx, rows),
                 pairs=pairs if size == 96 else max(pairs // 4, 5),
                 goal=goal if size == 96 else None,
             )
             report.add(found)
+
+
+def _feature_pass(ctx: Context, method: Any, rows: Sequence[int], _: int) -> None:
+    measure(ctx, method._attached, method._shapes, rows)
+
+
+def _forward(ctx: Context, rows: Sequence[int], _: int) -> None:
+    ctx.run_rows(rows, backward=False)
 
 
 def growth(report: Report, model: str, pairs: int) -> None:
@@ -181,32 +188,15 @@ def _timed(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def main() -> int:
-    """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python benchmarks/projection.py", description=__doc__)
-    parser.add_argument("what", nargs="?", default="all", choices=["step", "layers", "features", "growth", "all"])
-    parser.add_argument("--model", choices=MODELS, help="both by default")
-    parser.add_argument("--pairs", type=int, default=200)
-    parser.add_argument("--json", type=Path, metavar="OUT")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    report = Report()
-    print(table([]), flush=True)
-    try:
-        for part in (step, features, growth):
-            if options.what in (part.__name__, "all"):
-                for model in [options.model] if options.model else MODELS:
-                    part(report, model, options.pairs)
-        if options.what in ("layers", "all"):
-            layers(report, options.pairs)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if options.json:
-        arguments = {key: value for key, value in vars(options).items() if key != "json"}
-        write_json(options.json, report.ratios, report.stated, arguments)
-    return 0
+def chosen(report: Report, options: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    for part in (step, features, growth):
+        if options.what in (part.__name__, "all"):
+            for model in options.models:
+                part(report, model, options.pairs)
+    if options.what in ("layers", "all"):
+        layers(report, options.pairs)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(__file__, __doc__, ("step", "layers", "features", "growth"), chosen))
