@@ -8,6 +8,7 @@ from torch import nn
 
 from eval.accuracy import cells_for
 from pipeline.adapter_kinds import trainable_parameters
+from pipeline.adapters.base import AdapterKind
 from pipeline.deepspeed_config import micro_batches_per_rank
 from pipeline.models import skeleton
 from pipeline.recipe import Recipe
@@ -24,6 +25,7 @@ def format_plan(recipe: Recipe, *, world: int) -> str:
     frozen = sum(parameter.numel() for parameter in model.parameters())
     trained = trainable_parameters(workload.kind, model)
     parts = memory_per_rank(recipe, workload, model, frozen=frozen, trained=trained, world=world)
+    on_host = full_rank_bytes_on_host(workload.kind, model)
     lines = [recipe.to_yaml().rstrip(), "", f"folder: {recipe.run_dir}", f"recipe: {recipe.sha256}", ""]
     lines += _task_table(workload)
     lines += [
@@ -35,6 +37,8 @@ def format_plan(recipe: Recipe, *, world: int) -> str:
         f"  {'together, while training':<42}{sum(parts.values()) / GIB:8.2f} GiB",
         f"  {'while scoring, whatever the stage':<42}{_scoring_bytes(recipe, frozen) / GIB:8.2f} GiB and the cache",
     ]
+    if on_host:
+        lines.append(f"  {'full-rank weights, on the host':<42}{on_host / GIB:8.2f} GiB")
     return "\n".join(lines)
 
 
@@ -53,6 +57,12 @@ def memory_per_rank(
         "optimizer": 0 if on_host else trained * per_parameter / (world if stage else 1),
         "activations of the longest micro-batch": _activation_bytes(recipe, workload, model, width),
     }
+
+
+def full_rank_bytes_on_host(kind: AdapterKind, model: nn.Module) -> int:
+    """A core's layer stands twice in each rank's memory, in float32: as the task found it, and as it is learnt."""
+    layers: list[Any] = [model.get_submodule(name) for name in getattr(kind, "cores", ())]
+    return 2 * 4 * sum(int(layer.weight.numel()) for layer in layers)
 
 
 def _scoring_bytes(recipe: Recipe, frozen: int) -> int:

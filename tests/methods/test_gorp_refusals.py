@@ -14,6 +14,7 @@ from torch import nn
 from data_prep.errors import UserError
 from pipeline.adapter_kinds import adapter_kind
 from pipeline.models import full_rank_modules, load_backbone
+from pipeline.plan import full_rank_bytes_on_host
 from pipeline.recipe import Gorp, LoraAdapter, Recipe
 
 RECIPE = "recipes/tiny_t5_order1.yaml"
@@ -50,6 +51,15 @@ def test_a_tied_weight_is_refused(folder: Path) -> None:
     settings = Gorp.model_validate({"name": "gorp"} | SMALL)
     with pytest.raises(UserError, match="shares its weight with another module"):
         adapter_kind(ADAPTER, model, "llama2", settings)
+
+
+def test_the_plan_counts_what_full_rank_weights_take_on_the_host(folder: Path) -> None:
+    model = load_backbone(folder, "llama2", dtype=torch.float32)
+    settings = Gorp.model_validate({"name": "gorp"} | SMALL)
+    kind = adapter_kind(ADAPTER, model, "llama2", settings)
+    copies, float32, gates = 2, 4, 2 * 20 * 15
+    assert full_rank_bytes_on_host(kind, model) == copies * float32 * gates
+    assert full_rank_bytes_on_host(adapter_kind(ADAPTER, model, "llama2"), model) == 0
 
 
 def test_a_quantized_weight_is_refused(folder: Path) -> None:
