@@ -23,6 +23,11 @@ DEFINITIONS: tuple[tuple[str, str, str], ...] = (
     ("learning_accuracy", "Learning accuracy (LA)", "mean_i a[i, i]"),
     ("forward_transfer", "Forward transfer (FWT)", "1/(T-1) sum_{i>1} (a[i-1, i] - b[i])"),
     (
+        "transfer_vs_pertask",
+        "Transfer against one model a task",
+        "mean_i (a[i, i] - s[i]), s[i]: a model of task i alone (evaluation.references)",
+    ),
+    (
         "micro_average_accuracy",
         "Micro average accuracy",
         "sum_i n[i] a[T, i] / sum_i n[i], n[i] rows of task i",
@@ -100,14 +105,28 @@ class AccuracyMatrix:
         before = self._values.diagonal(offset=1)
         return _mean(before - self._untrained[1:])
 
+    def transfer_vs_pertask(self, alone: Sequence[float | None]) -> float:
+        """Mean of the diagonal minus `alone`, the scores in percent of models that learnt one task each.
+
+        Above zero where what was learnt before helps to learn; NaN where a task has no such score.
+        """
+        assert len(alone) == len(self.tasks), f"{len(alone)} scores for {len(self.tasks)} tasks"
+        single = np.array([np.nan if score is None else _percent(score) for score in alone], dtype=np.float64)
+        return _mean(self._values.diagonal() - single)
+
     def micro_average_accuracy(self, counts: Sequence[int | None]) -> float:
         """Last row weighted by `counts`, the rows of each task: the score over all rows together."""
         assert len(counts) == len(self.tasks), f"{len(counts)} counts for {len(self.tasks)} tasks"
         weights = np.array([np.nan if count is None else count for count in counts], dtype=np.float64)
         return float((self._values[-1] * weights).sum() / weights.sum())
 
-    def scalars(self, counts: Sequence[int | None]) -> dict[str, float | None]:
-        """Every scalar of `DEFINITIONS` by its key, None where cells are missing."""
+    def scalars(
+        self, counts: Sequence[int | None], alone: Sequence[float | None] | None = None
+    ) -> dict[str, float | None]:
+        """Every scalar of `DEFINITIONS` by its key, None where cells are missing.
+
+        `counts`: rows of each task; `alone`: scores of one model a task, None where there are none.
+        """
         values = {
             "average_accuracy": self.average_accuracy(),
             "backward_transfer": self.backward_transfer(),
@@ -115,6 +134,7 @@ class AccuracyMatrix:
             "forgetting": self.forgetting(),
             "learning_accuracy": self.learning_accuracy(),
             "forward_transfer": self.forward_transfer(),
+            "transfer_vs_pertask": self.transfer_vs_pertask(alone or [None] * len(self.tasks)),
             "micro_average_accuracy": self.micro_average_accuracy(counts),
         }
         return {key: _null_if_nan(value) for key, value in values.items()}

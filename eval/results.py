@@ -6,6 +6,7 @@ from typing import Any
 
 from eval.accuracy import AccuracyMatrix
 from eval.intervals import wilson
+from eval.references import single_task_scores
 from eval.run_files import UNTRAINED, Cell, read_cells, read_run, stage_names
 
 SCORES = ("exact_match", "label_scoring")  # the headline first
@@ -32,10 +33,11 @@ def build_results(run_dir: Path) -> dict[str, Any]:
         "untrained": {score: tables[score]["untrained"] for score in SCORES},
         "counts": counts,
         "intervals": {score: _intervals(cells, order, score) for score in SCORES},
-        **matrices["exact_match"].scalars(counts),
-        "label_scoring": matrices["label_scoring"].scalars(counts),
+        **matrices["exact_match"].scalars(counts, _alone(run, "exact_match")),
+        "label_scoring": matrices["label_scoring"].scalars(counts, _alone(run, "label_scoring")),
         "without_unmatchable": _without_unmatchable(cells, order, counts),
         "unseen": {task: _unseen(cells, order, task) for task in run.get("unseen") or []},
+        "references": [{"run": found["run"], "seed": found["seed"]} for found in run.get("references") or []],
         "leak": run.get("leak"),
         "recipe_sha256": run["recipe_sha256"],
         "rows": _per_task(run, {"train": "train_rows", "evaluation": "evaluation_rows", "unmatchable": "unmatchable"}),
@@ -114,6 +116,12 @@ def _unseen(cells: Cells, order: Sequence[str], task: str) -> dict[str, Any]:
         "untrained": {score: _percent(cells.get((UNTRAINED, task)), score) for score in SCORES},
         **{score: [_percent(cells.get((after, task)), score) for after in stages] for score in SCORES},
     }
+
+
+def _alone(run: Mapping[str, Any], score: str) -> list[float | None]:
+    """By task, the mean over references of its score by a model of its own; None where no reference has it."""
+    found = [single_task_scores(run.get("references") or [], task, score) for task in run["order"]]
+    return [sum(scores) / len(scores) if scores else None for scores in found]
 
 
 def _per_task(run: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, dict[str, Any]]:

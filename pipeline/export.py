@@ -172,7 +172,7 @@ def _content(wanted: Export, recipe: Recipe, stage: Callable[[int], Stage], last
         return export_peft.prompt_adapter(tensors["prompt"], base).write
     if kind == "prefix":
         return export_peft.prefix_adapter(tensors, base).write
-    alone = wanted.part == "task" or trains_one_lora(recipe)
+    alone = wanted.part == "task" or trains_one_lora(recipe) or not recipe.method.adds_up
     updates: dict[str, list[Factors]] = {}
     for index in [last] if alone else range(1, last + 1):
         trained = stage(index).load_trained()

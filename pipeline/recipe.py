@@ -35,6 +35,7 @@ from pipeline.recipe_groups import (
     Order,
     Output,
     Pegp,
+    PerTask,
     Projecting,
     SeqLora,
     TaskTraining,
@@ -66,6 +67,7 @@ __all__ = [
     "Order",
     "Output",
     "Pegp",
+    "PerTask",
     "Projecting",
     "Recipe",
     "SeqLora",
@@ -115,7 +117,7 @@ class Recipe(Group):
                 f"adapter.kind: {kind} does not go with {self.method.name}: triplets are lbcl's alone, and it trains "
                 "nothing else; leave adapter.kind out for the method's own"
             )
-        if kind != "lora" and self.method.name in ("inclora", "olora"):
+        if kind != "lora" and self.method.name in ("inclora", "olora", "pertask"):
             raise ValueError(
                 f"adapter.kind: {kind} is one module through the stream, and {self.method.name} needs a new LoRA for "
                 "each task; use method=seqlora or method=pegp, or adapter=lora"
@@ -200,6 +202,7 @@ class Recipe(Group):
         content["order"] = list(self.task_names)
         del content["output"], content["model"]["path"], content["data"]["path"]
         del content["training"]["micro_batch_size"], content["evaluation"]["batch_size"]
+        del content["evaluation"]["references"]  # folders, whose scores stand beside this run's
         content["engine"] = {"precision": self.engine.precision}
         content["method"].pop("feature_drift", None)
         for task in content["data"]["tasks"].values():

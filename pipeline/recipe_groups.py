@@ -130,6 +130,11 @@ class AdapterTraining(Group):
         """Whether a LoRA is one task's, and not one through the stream; other adapters always are the latter."""
         return False
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether LoRAs that are one task's all stand in the model together."""
+        return True
+
 
 class SeqLora(AdapterTraining):
     """One adapter of any kind through the stream, no reset."""
@@ -146,6 +151,22 @@ class IncLora(AdapterTraining):
     def new_lora_each_task(self) -> bool:
         """Always."""
         return True
+
+
+class PerTask(AdapterTraining):
+    """One model a task: the single-task reference."""
+
+    name: Literal["pertask"]
+
+    @property
+    def new_lora_each_task(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def adds_up(self) -> bool:
+        """Each task's model stands alone."""
+        return False
 
 
 class OLora(AdapterTraining):
@@ -280,7 +301,7 @@ class LbCl(Constrained):
         return self
 
 
-MethodSettings = Annotated[SeqLora | IncLora | OLora | Pegp | Gorp | LbCl, Field(discriminator="name")]
+MethodSettings = Annotated[SeqLora | IncLora | PerTask | OLora | Pegp | Gorp | LbCl, Field(discriminator="name")]
 
 
 class LoraAdapter(Group):
@@ -391,7 +412,7 @@ class Evaluation(Group):
     batch_size: Positive = 32
     max_new_tokens: Positive = 50  # the benchmark's target length
     unseen: Annotated[list[str], Field(max_length=0)] = []  # not built yet: only [] is legal
-    references: Annotated[list[str], Field(max_length=0)] = []  # not built yet: only [] is legal
+    references: list[str] = []  # folders of finished runs of method pertask
 
 
 class Engine(Group):

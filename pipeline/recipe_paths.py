@@ -31,15 +31,22 @@ def resolve_paths(raw: dict[str, Any], given: Sequence[str]) -> list[str]:
     return faults
 
 
-def _paths_in(raw: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
-    """(group, key, dotted key) of everything in `raw` that is a path and not a fault of another kind."""
+def _paths_in(raw: dict[str, Any]) -> list[tuple[Any, Any, str]]:
+    """(group or list, key or index, dotted key) of all in `raw` that is a path and not a fault of another kind."""
     tasks = _group(_group(raw, "data"), "tasks")
-    places = [(_group(raw, "model"), "path", "model.path"), (_group(raw, "data"), "path", "data.path")]
-    places += [(_group(raw, "output"), "dir", "output.dir")]
+    places: list[tuple[Any, Any, str]] = [
+        (_group(raw, "model"), "path", "model.path"),
+        (_group(raw, "data"), "path", "data.path"),
+        (_group(raw, "output"), "dir", "output.dir"),
+    ]
     places += [
         (_group(tasks, name), part, f"data.tasks.{name}.{part}") for name in tasks for part in ("train", "test", "dev")
     ]
-    return [place for place in places if isinstance(place[0].get(place[1]), str) and place[0][place[1]]]
+    evaluation = _group(raw, "evaluation")
+    if isinstance(references := evaluation.get("references"), list):
+        places += [(references, index, "evaluation.references") for index in range(len(references))]
+    there = [place for place in places if isinstance(place[0], list) or place[1] in place[0]]
+    return [place for place in there if isinstance(place[0][place[1]], str) and place[0][place[1]]]
 
 
 def _group(raw: dict[str, Any], key: str) -> dict[str, Any]:

@@ -149,6 +149,7 @@ def run_facts(workload: Workload) -> dict[str, Any]:
         "order": list(recipe.task_names),
         "order_name": recipe.order.name,
         "unseen": [],
+        "references": [],
         "method": recipe.method.name,
         "model": {
             "family": recipe.model.family,

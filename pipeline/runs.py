@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from eval.references import read_references
 from eval.report import write_results
 from eval.run_files import read_run
 from eval.summary import format_summary
@@ -61,6 +62,7 @@ def _open(recipe: Recipe, ranks: Ranks, stop: StopRequest, *, share: bool = Fals
     ranks.check_stop(stop)
     folder = RunFolder(recipe.run_dir)
     facts = run_facts(workload)
+    facts["references"] = ranks.on_first(lambda: read_references(recipe.evaluation.references, facts))
     log = RunLog(None, console=False)
 
     def take() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from eval.accuracy import cells_for
@@ -61,6 +61,7 @@ class Stream:
         old = ranks.on_first(folder.read_facts)
         kept = ("timing", "trainable_parameters", "versions", "git")
         self.facts = facts | {key: old[key] for key in kept if key in old}
+        self.facts["references"] = facts["references"] or old.get("references", [])
         ranks.on_first(self._write_facts)
 
     def close(self) -> None:
@@ -270,16 +271,22 @@ class Stream:
         missing = [task for task in tasks if again or not self.cells.exists(after, key, task)]
         if not missing:
             return
-        learnt = ({}, {}) if after == UNTRAINED else (self.method.active(), self.method.matrices())
-        model = self.weights.model(*learnt)
-        with nullcontext() if after == UNTRAINED else self.method.equipped(model):
+        trained = after != UNTRAINED
+        model = self._merged() if trained else self.weights.model({})
+        with self.method.equipped(model) if trained else nullcontext():
             for task in missing:
                 self.ranks.check_stop(self.stop)
-                self.method.begin_evaluation(task.name)
+                self.method.begin_evaluation(task.name, task.index)
+                if trained and self.method.weights_by_task:
+                    self._merged()  # in place
                 self.cells.score(model, after, key, task)
         timing = self.facts["timing"].setdefault(UNTRAINED if after == UNTRAINED else after.split("-", 1)[1], {})
         timing["evaluate_s"] = round(timing.get("evaluate_s", 0.0) + time.monotonic() - start, 3)
         self.ranks.on_first(self._write_facts)
+
+    def _merged(self) -> nn.Module:
+        """The one clean copy of the backbone, with what has been learnt in its weights."""
+        return self.weights.model(self.method.active(), self.method.matrices())
 
     def _write_facts(self) -> None:
         self.folder.write_facts(self.facts)

@@ -9,12 +9,14 @@ from pipeline.methods.inclora import IncrementalLora
 from pipeline.methods.lbcl import InjectedTriplets
 from pipeline.methods.olora import OrthogonalLora
 from pipeline.methods.pegp import ProjectedByFeatures
+from pipeline.methods.pertask import OneModelPerTask
 from pipeline.methods.seqlora import SequentialAdapter
 
 METHODS: Mapping[str, type[Method[Any]]] = {
     "seqlora": SequentialAdapter,
     "inclora": IncrementalLora,
     "olora": OrthogonalLora,
+    "pertask": OneModelPerTask,
     "pegp": ProjectedByFeatures,
     "gorp": ProjectedByGradients,
     "lbcl": InjectedTriplets,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,8 @@ class Method(Generic[Settings]):
     `after_step`, then `end_task`, and `begin_evaluation` before each task that is scored.
     """
 
+    weights_by_task: ClassVar[bool] = False  # whether `active` depends on the task that is scored
+
     def __init__(self, settings: Settings, kind: AdapterKind, *, task_count: int) -> None:
         self.settings = settings
         self.kind = kind
@@ -131,8 +133,8 @@ class Method(Generic[Settings]):
         """Close the task; returns its trained tensors, float32 on the CPU, as the stage keeps them."""
         raise TypeError(f"{type(self).__name__} trains nothing: a method returns its trained tensors")
 
-    def begin_evaluation(self, task: str) -> None:
-        """Before `task` is scored."""
+    def begin_evaluation(self, task: str, index: int | None) -> None:
+        """Before `task` is scored, the order's task `index` (from 1); None: a task outside the order."""
 
     def load_trained(self, task_index: int, tensors: Mapping[str, Tensor]) -> None:
         """Take a finished task's trained tensors, from `end_task` or from a stage."""

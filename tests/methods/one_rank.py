@@ -29,13 +29,22 @@ from pipeline.recipe import (
     LoraAdapter,
     OLora,
     Pegp,
+    PerTask,
     SeqLora,
     Training,
 )
 from pipeline.runlog import RunLog
 from pipeline.stopping import StopRequest
 
-SETTINGS = {"seqlora": SeqLora, "inclora": IncLora, "olora": OLora, "pegp": Pegp, "gorp": Gorp, "lbcl": LbCl}
+SETTINGS = {
+    "seqlora": SeqLora,
+    "inclora": IncLora,
+    "pertask": PerTask,
+    "olora": OLora,
+    "pegp": Pegp,
+    "gorp": Gorp,
+    "lbcl": LbCl,
+}
 TRAINING = Training(
     epochs=2, learning_rate=3e-2, global_batch_size=4, micro_batch_size=2, weight_decay=0.1, gradient_clipping=1.0
 )

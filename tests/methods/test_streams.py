@@ -1,4 +1,4 @@
-"""seqlora and inclora over several tasks: what is merged, what goes on, what starts anew."""
+"""seqlora, inclora and pertask over several tasks: what is merged, what goes on, what starts anew."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from pipeline.context import Context
 from pipeline.engine import Ranks
 from pipeline.methods import METHODS
 from pipeline.models import LabelLoss, load_backbone, merge, target_modules
-from pipeline.recipe import IncLora, SeqLora
+from pipeline.recipe import IncLora, PerTask, SeqLora
 
 FAMILIES = ("t5", "llama2")
-SETTINGS = {"seqlora": SeqLora(name="seqlora"), "inclora": IncLora(name="inclora")}
+SETTINGS = {
+    "seqlora": SeqLora(name="seqlora"),
+    "inclora": IncLora(name="inclora"),
+    "pertask": PerTask(name="pertask"),
+}
 
 
 def new_method(name: str, folder: Path, family: str) -> Any:
@@ -194,6 +198,27 @@ def test_seqlora_goes_on_from_its_factors(folders: dict[str, Path]) -> None:
     for name, (part,) in active.items():
         assert torch.equal(part.A, second[f"{name}.A"])
         assert not torch.equal(part.A, first[f"{name}.A"])
+
+
+def test_pertask_learns_each_task_as_if_there_were_no_other(folders: dict[str, Path]) -> None:
+    folder = folders["t5"]
+    stream, second_alone, untouched = (new_method("pertask", folder, "t5") for _ in range(3))
+    tensors = {task: learn(stream, folder, "t5", task) for task in (1, 2)}
+    alone = learn(second_alone, folder, "t5", 2)
+    assert all(torch.equal(tensors[2][name], alone[name]) for name in alone)
+    inclora = new_method("inclora", folder, "t5")
+    same, other = (learn(inclora, folder, "t5", task) for task in (1, 2))
+    assert all(torch.equal(tensors[1][name], same[name]) for name in same)
+    assert not all(torch.equal(tensors[2][name], other[name]) for name in other)
+
+    for task in (1, 2):
+        stream.begin_evaluation(f"task {task}", task)
+        for name, (part,) in stream.active().items():
+            assert torch.equal(part.A, tensors[task][f"{name}.A"])
+            assert torch.equal(part.B, tensors[task][f"{name}.B"])
+    for index in (3, None):  # a task to come, one outside the order
+        stream.begin_evaluation("another", index)
+        assert stream.active() == {} == untouched.active()
 
 
 def test_inclora_starts_anew_and_keeps_the_past(folders: dict[str, Path]) -> None:

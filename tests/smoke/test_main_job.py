@@ -83,6 +83,33 @@ def test_scores_are_rebuilt_from_predictions_and_from_the_models(reference: Path
     assert results(folder) == results(reference)
 
 
+def test_one_model_a_task_is_a_reference(reference: Path, tmp_path: Path) -> None:
+    alone, folder = tmp_path / "alone", tmp_path / "run"
+    enough = ("training.epochs=12", "training.learning_rate=3.0e-3")  # to learn what the untrained model cannot do
+    overrides = small(f"output.dir={alone}", "method=pertask", "evaluation.cells=full", *enough)
+    done = run(train("recipes/tiny_t5_order1.yaml", *overrides), timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for score in ("exact_match", "label_scoring"):
+        (first, other), (again, second) = results(alone)["matrix"][score]
+        assert first > results(alone)["untrained"][score][0]
+        assert first == again, "the second task's training leaves the first one's model alone"
+        assert other == results(alone)["untrained"][score][1], "a task without a model yet"
+        cell = json.loads((alone / "cells" / "02-letters" / "letters.json").read_text())
+        assert second == pytest.approx(100 * cell[f"{score}_correct"] / cell["rows"])
+
+    # The finished run of another method, told of its reference afterwards: nothing is trained, the scores are added.
+    shutil.copytree(reference, folder)
+    done = run(train("recipes/tiny_t5_order1.yaml", *small(f"output.dir={folder}", f"evaluation.references=[{alone}]")))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = results(folder)
+    assert found["references"] == [{"run": str(alone), "seed": 42}]
+    single = results(alone)["matrix"]["exact_match"]
+    learnt = found["matrix"]["exact_match"]
+    assert found["transfer_vs_pertask"] == pytest.approx(sum(learnt[i][i] - single[i][i] for i in range(2)) / 2)
+    assert results(reference)["transfer_vs_pertask"] is None
+    assert "Transfer against one model a task" in (folder / "report.md").read_text()
+
+
 def test_a_plan_trains_nothing(tmp_path: Path) -> None:
     done = run(train("recipes/tiny_t5_order1.yaml", *small(f"output.dir={tmp_path / 'run'}"), "--plan"))
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,73 @@
+"""Runs that another run is measured against: one model a task (`pertask`), scored on the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from eval.run_files import read_object
+
+PERTASK = "pertask"
+# What both runs must share of `settings`, else their scores are not of the same thing.
+SHARED = ("split", "decoding", "add_task_name", "add_dataset_name", "max_source_tokens", "truncation")
+
+
+def read_references(folders: Sequence[str], facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What `run.json` keeps of each reference of a run with `facts`: its folder, method, and score on each task alone.
+
+    Raises `UserError` where a folder holds no such run, or one of another backbone, other rows or other prompts.
+    """
+    return [_read(Path(folder), facts) for folder in folders]
+
+
+def single_task_scores(references: Sequence[Mapping[str, Any]], task: str, score: str) -> list[float]:
+    """Each reference's score on the task by a model of its own; empty where none has it."""
+    found = [reference["single_task"][score].get(task) for reference in references]
+    return [value for value in found if value is not None]
+
+
+def _read(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    place = f"evaluation.references: {folder}"
+    if not (folder / "results.json").is_file():
+        raise UserError(f"{place}: no results.json there; give the folder of a finished run of method {PERTASK}")
+    results = read_object(folder / "results.json")
+    try:
+        if results["method"] != PERTASK:
+            raise UserError(f"{place}: a run of {results['method']}; a reference has method {PERTASK}")
+        _check(place, results, facts)
+        order = results["order"]
+        return {
+            "run": str(folder),
+            "method": results["method"],
+            "seed": results["seed"],
+            "single_task": {
+                score: {
+                    task: row[index]
+                    for index, (task, row) in enumerate(zip(order, results["matrix"][score], strict=True))
+                    if row[index] is not None
+                }
+                for score in ("exact_match", "label_scoring")
+            },
+        }
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise UserError(
+            f"{folder / 'results.json'}: damaged ({error!r}); rebuild it: python -m eval {folder}"
+        ) from error
+
+
+def _check(place: str, results: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    theirs, ours = results["model"]["fingerprint"], facts["model"]["fingerprint"]
+    if theirs != ours:
+        raise UserError(f"{place}: its backbone is another one ({theirs[:12]}, here {ours[:12]})")
+    for key in SHARED:
+        if results["settings"][key] != facts["settings"][key]:
+            raise UserError(f"{place}: its {key} is {results['settings'][key]!r}, here {facts['settings'][key]!r}")
+    common = [task for task in facts["order"] if task in results["data_fingerprints"]]
+    if not common:
+        raise UserError(f"{place}: none of this run's tasks; it has {', '.join(results['order'])}")
+    for task in common:
+        for part in ("train", "evaluation"):
+            if results["data_fingerprints"][task][part] != facts["data"][task][f"{part}_fingerprint"]:
+                raise UserError(f"{place}: its {part} rows of {task} are others than this run's")
