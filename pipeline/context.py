@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,17 @@ class Context:
         number of ranks. Backward is possible before training starts only: later it would enter DeepSpeed's
         accumulation. It leaves this rank's gradients in the adapter's tensors, which training starts without.
         """
+        return self._run(rows, backward=backward, task_index=task_index)[0]
+
+    def score_rows(self, rows: Sequence[int]) -> tuple[float, float]:
+        """The same, forward alone and before training, and the share of rows whose label greedy generation writes."""
+        assert self._engine is None, "rows are scored before training"
+        return self._run(rows, backward=False, scored=True)
+
+    def _run(
+        self, rows: Sequence[int], *, backward: bool, task_index: int | None = None, scored: bool = False
+    ) -> tuple[float, float]:
+        """Mean loss per label token; share of rows that are right, where `scored`."""
         assert rows, "a mean needs rows"
         assert not (backward and self._engine), "backward over extra rows belongs before training starts"
         source = self._examples if task_index in (None, self.task_index) else self._earlier[task_index - 1]
@@ -109,22 +120,27 @@ class Context:
         size = self._micro_batch_size
         batches = [examples[start : start + size] for start in range(0, len(examples), size)]
         label_tokens = sum(len(example.label_ids) for example in examples)
-        total = torch.zeros(1, dtype=torch.float64)
+        total = torch.zeros(2, dtype=torch.float64)  # loss, rows that are right
         was_training = self.model.training
         self.model.eval()
         with self._runnable(backward) as module, torch.set_grad_enabled(backward):
             for batch in batches[self.ranks.rank :: self.ranks.world]:
-                loss = module(**self._seen(batch))
+                if scored:
+                    loss, right = module.loss_and_right(**self._seen(batch))
+                    total[1] += right
+                else:
+                    loss = module(**self._seen(batch))
                 if backward:
                     (loss / label_tokens).backward()
-                total += loss.item()
+                total[0] += loss.item()
         if self._engine is not None and self._engine.forwards_together:
             self._masks, self._positions = [], {}
             shares = [len(batches[rank :: self.ranks.world]) for rank in range(self.ranks.world)]
             for _ in range(max(shares) - shares[self.ranks.rank]):
                 self._engine.idle_forward(self.collate([-1] * size))
         self.model.train(was_training)
-        return float(self.ranks.all_sum(total)) / label_tokens
+        loss_sum, right_sum = self.ranks.all_sum(total).tolist()
+        return loss_sum / label_tokens, right_sum / len(rows)
 
     def run_probe(self) -> None:
         """The task's first row through the model, on every rank."""
@@ -160,7 +176,7 @@ class Context:
         return batch
 
     @contextmanager
-    def _runnable(self, backward: bool) -> Iterator[nn.Module]:
+    def _runnable(self, backward: bool) -> Iterator[Any]:
         """The module that gives a micro-batch's loss."""
         if self._engine is not None:
             yield self._engine.module

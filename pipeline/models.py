@@ -216,9 +216,22 @@ class LabelLoss(nn.Module):
     ) -> Tensor:  # scalar, float32
         """Sum over label tokens of -log p(token)."""
         with self._together.ready():
-            return self._loss(input_ids, attention_mask, labels)
+            logits, targets, _ = self._predicted(input_ids, attention_mask, labels)
+            return _summed_nll(logits, targets)
 
-    def _loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    @torch.no_grad()
+    def loss_and_right(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        """The same sum, and the rows whose every label token is the likeliest after those before it.
+
+        Greedy generation writes exactly these rows' labels.
+        """
+        with self._together.ready():
+            logits, targets, rows = self._predicted(input_ids, attention_mask, labels)
+        wrong = rows[(logits.argmax(dim=1) != targets) & (targets != -100)]
+        return _summed_nll(logits, targets), len(labels) - len(wrong.unique())
+
+    def _predicted(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """At n positions that hold all label tokens: logits [n, vocabulary], targets [n], and whose they are [n]."""
         if self.family == "t5":
             output = self.backbone(
                 input_ids=input_ids,
@@ -226,13 +239,14 @@ class LabelLoss(nn.Module):
                 decoder_input_ids=self.backbone._shift_right(labels),
                 use_cache=False,
             )
-            return _summed_nll(output.logits.flatten(0, 1), labels.flatten())
+            rows = torch.arange(len(labels), device=labels.device).repeat_interleave(labels.shape[1])
+            return output.logits.flatten(0, 1), labels.flatten(), rows
         hidden = self.backbone.model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
         targets = labels[:, 1:]
         learnt = targets != -100
-        return _summed_nll(self.backbone.lm_head(hidden[:, :-1][learnt]), targets[learnt])
+        return self.backbone.lm_head(hidden[:, :-1][learnt]), targets[learnt], learnt.nonzero()[:, 0]
 
 
 def _summed_nll(logits: Tensor, targets: Tensor) -> Tensor:

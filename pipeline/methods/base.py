@@ -53,6 +53,12 @@ class TaskContext(Protocol):
         `task_index`: rows of another task of the stream, for measurements that training never sees.
         """
 
+    def score_rows(self, rows: Sequence[int]) -> tuple[float, float]:
+        """Before training: the mean loss per label token, and the share of rows whose label greedy generation writes.
+
+        Over all ranks. In evaluation mode, as `run_rows`.
+        """
+
     def run_probe(self) -> None:
         """One training row through `model` on every rank, before training: for hooks to see what layers read."""
 

@@ -55,22 +55,18 @@ class InjectedTriplets(ProjectingMethod[LbCl]):
         if not self._past:
             super().begin_task(ctx)
             return
-        samples = {name: rows for name, rows in (("seed_samples", seeds), ("other_rows", others)) if rows}
-        before = {}
-        if self.settings.init != "random":
-            self._start, before["seed_samples"] = self._injection(ctx, seeds)
-        before |= {name: ctx.run_rows(rows, backward=False) for name, rows in samples.items() if name not in before}
+        if self.settings.init == "random":
+            loss = ctx.run_rows(seeds, backward=False)
+        else:
+            self._start, loss = self._injection(ctx, seeds)
+        scored = ctx.score_rows(others) if others else None  # sigma is zero: as with random starts
         super().begin_task(ctx)
         self._project_gradients()
-        self._jumps[ctx.task_index] = [
-            {
-                "jump_on": name,
-                "rows": len(rows),
-                "loss_at_random": before[name],  # sigma is zero
-                "loss_injected": ctx.run_rows(rows, backward=False) if self._start else before[name],
-            }
-            for name, rows in samples.items()
-        ]
+        loss_now = ctx.run_rows(seeds, backward=False) if self._start else loss
+        jumps = [_jump("seed_samples", seeds, (loss, None), (loss_now, None))]
+        if scored is not None:
+            jumps.append(_jump("other_rows", others, scored, ctx.score_rows(others) if self._start else scored))
+        self._jumps[ctx.task_index] = jumps
 
     def _seed_rows(self, ctx: TaskContext) -> tuple[list[int], list[int]]:
         """The seed samples, and others that the loss is looked at on too; drawn from the recipe's seed, ascending."""
@@ -233,6 +229,15 @@ class InjectedTriplets(ProjectingMethod[LbCl]):
         self.load_leaks(values["leaks"])
         self._sensitivity = {int(task): dict(layers) for task, layers in values["sensitivity"].items()}
         self._jumps = {int(task): list(found) for task, found in values["jumps"].items()}
+
+
+def _jump(
+    name: str, rows: Sequence[int], before: tuple[float, float | None], now: tuple[float, float | None]
+) -> dict[str, Any]:
+    """What injection does before training: (loss, share of rows that are right, where that was looked at)."""
+    found: dict[str, Any] = {"jump_on": name, "rows": len(rows)}
+    found |= {"loss_at_random": before[0], "loss_injected": now[0]}
+    return found | {"right_at_random": before[1], "right_injected": now[1]}
 
 
 def _figures(layer: LayerSensitivity) -> dict[str, Any]:

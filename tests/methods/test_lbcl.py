@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from one_rank import context, learn, new_method, rows_of
 from plain_reference import Float64
+from random_backbones import random_examples
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -144,6 +146,7 @@ def test_what_a_task_starts_from(folders: dict[str, Path], init: str) -> None:
     seeds, others = method._seed_rows(ctx)
     samples = {"seed_samples": seeds, "other_rows": others}
     before = {name: ctx.run_rows(rows, backward=False) for name, rows in samples.items()}
+    right_before = ctx.score_rows(others)[1]
     bare = context(folder, "llama2", method, 3)
     random = method.kind.starts(bare.model, bare.generator("lora"))
     method.begin_task(ctx)
@@ -170,10 +173,35 @@ def test_what_a_task_starts_from(folders: dict[str, Path], init: str) -> None:
         rows, plain = samples[jump["jump_on"]], before[jump["jump_on"]]
         assert jump["loss_at_random"] == pytest.approx(plain, rel=1e-6)
         assert jump["loss_injected"] == pytest.approx(ctx.run_rows(rows, backward=False), rel=1e-6)
+        if jump["jump_on"] == "other_rows":
+            assert jump["right_at_random"] == right_before
+            assert jump["right_injected"] == ctx.score_rows(rows)[1]
         if init in ("without_sigma", "random"):
             assert jump["loss_injected"] == pytest.approx(plain, rel=1e-6), "dW is zero"
         else:
             assert abs(jump["loss_injected"] / plain - 1) > 1e-4  # rounding moves it by 1e-6
+
+
+@pytest.mark.parametrize("family", ["t5", "llama2"])
+def test_rows_are_right_where_greedy_generation_writes_their_label(folders: dict[str, Path], family: str) -> None:
+    """Rows whose label is what the model generates, and the same with one other token, first or last, among them."""
+    method = lbcl(folders[family], family)
+    model = context(folders[family], family, method, 1).model
+    rows, wrong = [], (1, 4, 5)
+    for index, row in enumerate(random_examples(8, family, seed=9)):
+        length = 2 + index % 3
+        written = model.generate(
+            torch.tensor([row.input_ids]), do_sample=False, min_new_tokens=length, max_new_tokens=length
+        )[0][-length:].tolist()
+        if index in wrong:
+            place = 0 if index == 4 else -1
+            written[place] = written[place] % 20 + 3  # another one
+        rows.append(replace(row, label_ids=tuple(written)))
+    ctx = context(folders[family], family, method, 1, [rows])
+    loss, right = ctx.score_rows(range(8))
+    assert right == 5 / 8
+    assert loss == pytest.approx(ctx.run_rows(range(8), backward=False), rel=1e-6)
+    assert ctx.score_rows(wrong)[1] == 0
 
 
 def test_layers_out_of_reach_start_at_random_and_train_projected(folders: dict[str, Path]) -> None:
