@@ -1,7 +1,7 @@
 """`report.md` and `results.json` of a run: what was run, scores with definitions, published figures."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from eval.accuracy import DEFINITIONS
 from eval.published import figures_for, order_name, other_row_counts, source_legend
 from eval.results import SCORES, build_results
 from eval.summary import number, score_title
+from eval.tables import markdown_table
 
 Results = Mapping[str, Any]
 
@@ -45,17 +46,17 @@ def format_report(results: Results) -> str:
         "## Scores",
         *(_matrix_section(results, score) for score in SCORES if _measured(results, score)),
         "## Summary",
-        _scalars_table(results),
+        _scalarsmarkdown_table(results),
         "## How to read the numbers",
         READING + ("\n" + TASK_NAME_NOTE if results["settings"].get("add_dataset_name") else ""),
         *_unseen_section(results),
         "## Rows",
-        _rows_table(results),
+        _rowsmarkdown_table(results),
         *_dropped_lines(results),
         "## Published figures",
         _published_section(results),
         "## Time",
-        _time_table(results["timing"]),
+        _timemarkdown_table(results["timing"]),
         "## Versions",
         _facts_list({**results["versions"], "git": results["git"], "recipe (SHA-256)": results["recipe_sha256"]}),
     ]
@@ -115,9 +116,9 @@ def _matrix_section(results: Results, score: str) -> str:
     return "\n\n".join(
         [
             f"### {score_title(score)}",
-            _table(["", *order], rows),
+            markdown_table(["", *order], rows),
             "With 95 % intervals:",
-            _table(["task", "rows", "right after training it", "after the last task"], spread),
+            markdown_table(["task", "rows", "right after training it", "after the last task"], spread),
         ]
     )
 
@@ -126,7 +127,7 @@ def _with_interval(value: float | None, interval: Sequence[float] | None) -> str
     return number(value) if interval is None else f"{number(value)} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
-def _scalars_table(results: Results) -> str:
+def _scalarsmarkdown_table(results: Results) -> str:
     """Each scalar under both scores, where rows are unmatchable also without those, and its definition."""
     columns: dict[str, Results] = {"exact match": results, "label scoring": results["label_scoring"]}
     without = results["without_unmatchable"]
@@ -138,7 +139,7 @@ def _scalars_table(results: Results) -> str:
         for key, name, definition in DEFINITIONS
     ]
     legend = "`a[t, i]`: score on task i after training task t; `b[i]`: the untrained model's; T: number of tasks."
-    return _table(["", *columns, "definition"], rows) + "\n\n" + legend
+    return markdown_table(["", *columns, "definition"], rows) + "\n\n" + legend
 
 
 def _unseen_section(results: Results) -> list[str]:
@@ -151,17 +152,17 @@ def _unseen_section(results: Results) -> list[str]:
         for score in SCORES
     ]
     header = ["task", "score", "untrained", *(f"after {task}" for task in results["order"])]
-    return ["## Tasks never trained", _table(header, rows)]
+    return ["## Tasks never trained", markdown_table(header, rows)]
 
 
-def _rows_table(results: Results) -> str:
+def _rowsmarkdown_table(results: Results) -> str:
     rows = []
     for task, counts in results["rows"].items():
         truncated = results["truncated"][task]
         shown = [counts["train"], truncated["train"], counts["evaluation"], truncated["evaluation"]]
         rows.append([task, *(number(count, 0) for count in [*shown, counts["unmatchable"]])])
     header = ["task", "train", "of them truncated", "evaluation", "of them truncated", "of them unmatchable"]
-    return _table(header, rows) + (
+    return markdown_table(header, rows) + (
         "\n\nTruncated: the passage was cut to fit `data.max_source_tokens`. Unmatchable: the "
         "row's label is outside the label set (the `-` rows of MNLI): no answer is right, and it counts."
     )
@@ -199,14 +200,14 @@ def _published_section(results: Results) -> str:
     ]
     ours = ["**this run**", number(results["average_accuracy"]), "", number(results["backward_transfer"]), ""]
     header = ["method", "AA on this order", "AA over its three orders", "BWT", "source"]
-    parts = [_table(header, [ours, *rows]), "\n".join(f"- {line}" for line in source_legend())]
+    parts = [markdown_table(header, [ours, *rows]), "\n".join(f"- {line}" for line in source_legend())]
     differing = other_row_counts(results["rows"], results["order"])
     if differing:
         parts.insert(0, f"**Not like for like**, the data differ: {'; '.join(differing)}.")
     return "\n\n".join(parts)
 
 
-def _time_table(timing: Mapping[str, Mapping[str, float]]) -> str:
+def _timemarkdown_table(timing: Mapping[str, Mapping[str, float]]) -> str:
     """Seconds of each part of each task, and their sums."""
     columns = list(dict.fromkeys(part for parts in timing.values() for part in parts))
     if not columns:
@@ -215,10 +216,4 @@ def _time_table(timing: Mapping[str, Mapping[str, float]]) -> str:
     sums = [sum(parts.get(part) or 0.0 for parts in timing.values()) for part in columns]
     rows.append(["all", *(number(seconds, 1) for seconds in sums)])
     header = ["", *(part.removesuffix("_s").replace("_", " ") + ", s" for part in columns)]
-    return _table(header, rows) + f"\n\nAll together: {number(sum(sums), 1)} s."
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, the first column to the left and the others to the right."""
-    lines = [header, [":--", *("--:" for _ in header[1:])], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return markdown_table(header, rows) + f"\n\nAll together: {number(sum(sums), 1)} s."

@@ -38,8 +38,8 @@ def run(recipe: Recipe, stop: StopRequest, *, share: bool = False) -> dict[str, 
     return results
 
 
-def rescore(run_dir: Path) -> None:
-    """Score every stage of a finished or unfinished run again, with its own recipe."""
+def rescore(run_dir: Path, *, missing_only: bool = False) -> None:
+    """Score every stage of a finished or unfinished run again, with its own recipe; or only cells that are missing."""
     read_run(run_dir)  # a folder that is no run is named as such
     recipe = Recipe.load_resolved(run_dir.resolve() / "recipe.yaml")
     recipe = recipe.model_copy(update={"output": Output(dir=str(run_dir.resolve()))})  # it may have been moved
@@ -47,7 +47,7 @@ def rescore(run_dir: Path) -> None:
     try:
         stream = _open(recipe, Ranks.start(), stop)
         try:
-            stream.score_again()
+            stream.score_again(missing_only=missing_only)
         finally:
             stream.close()
     except Stopped as reason:

@@ -80,10 +80,10 @@ class Stream:
             self._take_or_train(task, key)
             self._score(self.names[task.index], key, [self.workload.tasks[i] for i in self.plan[task.index - 1]])
 
-    def score_again(self) -> None:
-        """Every cell of every stage that is there."""
+    def score_again(self, *, missing_only: bool = False) -> None:
+        """Every cell of every stage that is there; or those that are missing."""
         untrained = stage_key(None, {"untrained": self.workload.model_fingerprint})
-        self._score(UNTRAINED, untrained, self.workload.tasks, again=True)
+        self._score(UNTRAINED, untrained, self.workload.tasks, again=not missing_only)
         key: str | None = None
         for task in self.workload.tasks:
             key = self._key(key, task)
@@ -91,7 +91,7 @@ class Stream:
                 self.log.say(f"task {task.index} {task.name}: no stage yet; run the recipe to train it")
                 return
             planned = [self.workload.tasks[i] for i in self.plan[task.index - 1]]
-            self._score(self.names[task.index], key, planned, again=True)
+            self._score(self.names[task.index], key, planned, again=not missing_only)
 
     def _key(self, previous: str | None, task: StreamTask) -> str:
         influences = self.workload.training_influences(task, self.method.influences(task.index))

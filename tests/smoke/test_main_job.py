@@ -82,6 +82,16 @@ def test_scores_are_rebuilt_from_predictions_and_from_the_models(reference: Path
     assert {path: path.read_text() for path in predictions} == predictions
     assert results(folder) == results(reference)
 
+    lost, kept = sorted(predictions)[0], sorted(predictions)[1]
+    written = kept.stat().st_mtime_ns
+    lost.unlink()
+    (folder / "cells" / lost.relative_to(folder / "predictions")).with_suffix(".json").unlink()
+    done = run([sys.executable, "-m", "eval", "--fill", str(folder)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert lost.read_text() == predictions[lost]
+    assert kept.stat().st_mtime_ns == written, "what is there is not scored again"
+    assert results(folder) == results(reference)
+
 
 def test_one_model_a_task_is_a_reference(reference: Path, tmp_path: Path) -> None:
     alone, folder = tmp_path / "alone", tmp_path / "run"

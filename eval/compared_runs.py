@@ -1,0 +1,176 @@
+"""Finished runs side by side: what each is called, by the settings in which they differ, and what it scored."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from data_prep.errors import UserError
+from eval.accuracy import cells_for
+from eval.published import order_name
+from eval.run_files import predictions_path, read_object, stage_names
+from eval.scoring import exact_match
+
+Hits = npt.NDArray[np.int8]  # by row: 1 right, 0 wrong
+# Groups of a recipe that name a run beside its method; of training, not how it is dealt to ranks.
+_NAMING = ("method", "adapter", "training", "batching", "data", "engine.precision", "evaluation.split")
+_NEVER = (
+    "method.name",
+    "method.feature_drift",
+    "training.micro_batch_size",
+    "training.per_task",
+    "data.path",
+    "data.tasks",
+)
+_KIND = "adapter.kind"
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """One run among others."""
+
+    folder: Path
+    label: str  # its method, and what of its settings differs between runs of that method
+    backbone: str
+    order: str  # a published order's name, or the tasks
+    seed: int
+    results: Mapping[str, Any]  # results.json
+
+    @property
+    def place(self) -> tuple[str, str, int]:
+        """Where it can be paired with a run of another method."""
+        return self.backbone, self.order, self.seed
+
+    def scalar(self, key: str, score: str) -> float | None:
+        """A scalar of results.json under one score."""
+        value: float | None = (self.results if score == "exact_match" else self.results["label_scoring"])[key]
+        return value
+
+    def last_row(self, score: str) -> list[float | None]:
+        """The score on every task after the last one."""
+        row: list[float | None] = self.results["matrix"][score][-1]
+        return row
+
+    def missing(self) -> list[str]:
+        """Stages whose planned cells are not all there, "after <task>: <task>, ..."."""
+        order, cells = self.results["order"], self.results["settings"].get("cells", "diagonal_and_last")
+        matrix = self.results["matrix"]["exact_match"]
+        wanted = [(t, [i for i in row if matrix[t][i] is None]) for t, row in enumerate(cells_for(cells, len(order)))]
+        return [f"after {order[t]}: {', '.join(order[i] for i in row)}" for t, row in wanted if row]
+
+    def hits(self, score: str) -> dict[str, Hits] | None:
+        """By task, the rows that are right after the last task, in the order of their ids; None without predictions."""
+        after = stage_names(self.results["order"])[-1]
+        found: dict[str, Hits] = {}
+        for task in self.results["order"]:
+            path = predictions_path(self.folder, after, task)
+            if not path.is_file():
+                return None
+            rows = sorted(map(json.loads, path.read_bytes().split(b"\n")[:-1]), key=lambda row: row["id"])
+            if any(row["option"] is None for row in rows) and score == "label_scoring":
+                return None
+            right = [
+                exact_match(row["prediction"], row["label"])
+                if score == "exact_match"
+                else row["option"] == row["label"]
+                for row in rows
+            ]
+            found[task] = np.array(right, dtype=np.int8)
+        return found
+
+
+def expand(patterns: Sequence[str]) -> list[Path]:
+    """The folders that `patterns` name, each once; a glob that matches nothing is a `UserError`."""
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not Path(pattern).exists() else [pattern]
+        folders = [Path(match) for match in matches if glob.escape(pattern) == pattern or Path(match).is_dir()]
+        if not folders:
+            raise UserError(f"{pattern}: matches no folder; give folders of runs")
+        found |= dict.fromkeys(folders)
+    return list(found)
+
+
+def load_runs(folders: Sequence[Path]) -> list[ComparedRun]:
+    """The runs, named by what they differ in. `UserError` where two are of one name, backbone, order and seed."""
+    read = [(folder, read_object(folder / "results.json"), _settings(folder)) for folder in folders]
+    labels = _labels([(results["method"], _backbone(results), settings) for _, results, settings in read])
+    runs = [
+        ComparedRun(
+            folder=folder,
+            label=label,
+            backbone=_backbone(results),
+            order=order_name(results["order"]) or ", ".join(results["order"]),
+            seed=results["seed"],
+            results=results,
+        )
+        for (folder, results, _), label in zip(read, labels, strict=True)
+    ]
+    first: dict[tuple[str, ...], ComparedRun] = {}
+    for run in runs:
+        same = first.setdefault((run.label, *map(str, run.place)), run)
+        if same is not run:
+            raise UserError(
+                f"{run.folder}: the same method, settings, backbone, order and seed as {same.folder}; give one of them"
+            )
+    return runs
+
+
+def _backbone(results: Mapping[str, Any]) -> str:
+    model = results["model"]
+    return Path(model if isinstance(model, str) else model["path"]).name
+
+
+def _settings(folder: Path) -> dict[str, str]:
+    """The settings of the run's recipe that may name it, by dotted key; none where it has no recipe."""
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as YAML ({error}); restore it") from error
+    flat = dict(_flat(content if isinstance(content, dict) else {}))
+    return {
+        key: json.dumps(value).strip('"')
+        for key, value in flat.items()
+        if key.startswith(tuple(f"{group}." for group in _NAMING) + _NAMING) and not key.startswith(_NEVER)
+    }
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _labels(named: Sequence[tuple[str, str, Mapping[str, str]]]) -> list[str]:
+    """A method's name, its adapter where its runs have several, and the keys in which runs of both differ.
+
+    Runs on different backbones may have different settings without being called differently for it.
+    """
+    kinds: dict[str, set[str]] = {}
+    values: dict[tuple[str, str, str, str], set[str]] = {}  # of each key, for runs that could be taken for each other
+    for method, backbone, settings in named:
+        kind = settings.get(_KIND, "")
+        kinds.setdefault(method, set()).add(kind)
+        for key, value in settings.items():
+            values.setdefault((method, kind, backbone, key), set()).add(value)
+    differing = {(method, kind, key) for (method, kind, _, key), found in values.items() if len(found) > 1}
+    labels = []
+    for method, _, settings in named:
+        kind = settings.get(_KIND, "")
+        words = [method, *([kind] if len(kinds[method]) > 1 else [])]
+        words += [f"{key.rpartition('.')[2]}={settings[key]}" for key in settings if (method, kind, key) in differing]
+        labels.append(" ".join(words))
+    return labels

@@ -1,0 +1,233 @@
+"""eval.comparison: averages over runs, differences paired by row, what runs are called, the command's report."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep.errors import UserError
+from eval.__main__ import main
+from eval.compared_runs import ComparedRun, expand, load_runs
+from eval.comparison import average, mcnemar, paired, row_interval
+
+ORDER = ["soil", "rivers"]
+LABELS = ["yes", "no"]
+SHA = "a" * 64
+
+
+def make_run(
+    folder: Path, right: Mapping[str, Sequence[bool]], *, recipe: Mapping[str, Any] | None = None, **changes: Any
+) -> Path:
+    """A finished run whose last row's predictions are right where `right` says so; options are right everywhere."""
+    counts = {task: len(right[task]) for task in ORDER}
+    run = {
+        "order": ORDER,
+        "method": "inclora",
+        "model": "models/mini-x",
+        "seed": 1,
+        "recipe_sha256": SHA,
+        "settings": {"cells": "diagonal_and_last", "split": "test", "steps": {"soil": 3, "rivers": 3}},
+        "data": {
+            task: {"labels": LABELS, "train_rows": 9, "evaluation_rows": counts[task], "unmatchable": 0}
+            | {"train_fingerprint": "0" * 64, "evaluation_fingerprint": "1" * 64, "dropped": {}}
+            for task in ORDER
+        },
+    }
+    run |= changes
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(dict(recipe or {"method": {"name": run["method"]}})))
+    for after, task in (("01-soil", "soil"), ("02-rivers", "soil"), ("02-rivers", "rivers")):
+        rows = [
+            {"id": index, "prediction": "yes" if hit else "no", "label": "yes", "option": "yes"}
+            for index, hit in enumerate(right[task])
+        ]
+        path = folder / "predictions" / after / f"{task}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))  # ids pair rows, not lines
+    assert main([str(folder)]) == 0
+    return folder
+
+
+def hits(*right: Sequence[int]) -> dict[str, Any]:
+    return {task: np.array(row, dtype=np.int8) for task, row in zip(ORDER, right, strict=True)}
+
+
+outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40)
+
+
+@given(outcomes, outcomes)
+def test_mcnemar_is_a_fair_coin_over_the_rows_that_differ(first: list[Any], second: list[Any]) -> None:
+    ours, theirs = (hits(*([row[side] for row in task] for task in (first, second))) for side in (0, 1))
+    both = [*first, *second]
+    gained, lost = sum(a and not b for a, b in both), sum(b and not a for a, b in both)
+    n = gained + lost
+    likely = comb(n, gained)
+    wanted = sum(comb(n, k) for k in range(n + 1) if comb(n, k) <= likely) / 2**n
+    assert mcnemar(ours, theirs) == pytest.approx(min(wanted, 1.0))
+    assert mcnemar(theirs, ours) == pytest.approx(mcnemar(ours, theirs))
+
+
+def test_the_paired_interval_is_that_of_the_mean_change() -> None:
+    """60 of 400 rows gained, 20 lost, in each of two tasks: +10 points; the standard error of the mean of two such
+    means is sqrt((0.2 - 0.1^2) / 400 / 2), and 95 % are 1.96 of it.
+    """
+    change = [1] * 60 + [-1] * 20 + [0] * 320
+    ours = hits([value > 0 for value in change], [value > 0 for value in change])
+    theirs = hits([value < 0 for value in change], [value < 0 for value in change])
+    low, high = row_interval(ours, theirs)
+    half = 100 * 1.96 * (0.19 / 400 / 2) ** 0.5
+    assert low == pytest.approx(10 - half, abs=0.25)  # 2000 draws: an end's own error is about 0.06
+    assert high == pytest.approx(10 + half, abs=0.25)
+    back = row_interval(theirs, ours)
+    assert back == (pytest.approx(-high, abs=0.25), pytest.approx(-low, abs=0.25))
+    assert row_interval(ours, ours) == (0, 0)
+
+
+def compared(row: Sequence[float | None], *, seed: int = 1, counts: Sequence[int] = (100, 50)) -> ComparedRun:
+    matrix = [[None, None], list(row)]
+    results: dict[str, Any] = {
+        "order": ORDER,
+        "counts": list(counts),
+        "matrix": {"exact_match": matrix, "label_scoring": matrix},
+        "settings": {},
+    }
+    return ComparedRun(Path("x"), "inclora", "mini", "order", seed, results)
+
+
+def test_an_average_over_runs() -> None:
+    """AA 50 and 60: mean 55, sd sqrt(50)."""
+    found = average(
+        [compared([40.0, 60.0]), compared([50.0, 70.0], seed=2), compared([None, 1.0], seed=3)], "exact_match"
+    )
+    assert found is not None
+    assert (found.mean, found.sd, found.runs) == (55.0, pytest.approx(50**0.5), 2)
+    # Each run is drawn twice in a quarter of the draws, whose mean then has a standard error of 4.2 / sqrt(2) points:
+    # the 2.5 % point is the 10 % point of these, 50 - 1.28 x 3.0.
+    assert found.low == pytest.approx(46.2, abs=0.5)
+    assert found.high == pytest.approx(63.8, abs=0.5)
+    assert average([compared([None, 1.0])], "exact_match") is None
+
+
+def test_one_run_has_an_interval_over_its_rows_alone() -> None:
+    found = average([compared([40.0, 60.0], counts=(1000, 500))], "exact_match")
+    assert found is not None
+    half = 100 * 1.96 * ((0.24 / 1000 + 0.24 / 500) / 4) ** 0.5
+    assert found.sd is None
+    assert (found.low, found.high) == (pytest.approx(50 - half, abs=0.3), pytest.approx(50 + half, abs=0.3))
+    sure = average([compared([100.0, 0.0])], "label_scoring")
+    assert sure is not None
+    assert (sure.mean, sure.low, sure.high) == (50, 50, 50)
+
+
+RIGHT = {"soil": [True, False, True, True], "rivers": [True, False]}
+
+
+def test_runs_are_called_by_what_differs(tmp_path: Path) -> None:
+    def recipe(**changes: Any) -> dict[str, Any]:
+        method = {"name": "gorp", "energy": 0.95, "parts": "B"} | changes.pop("method", {})
+        return {"method": method, "adapter": {"kind": "lora", "rank": 8}, "training": {"micro_batch_size": 2}} | changes
+
+    given = {
+        "a": recipe(),
+        "b": recipe(method={"parts": "B+L"}, training={"micro_batch_size": 4}),
+        "c": recipe(adapter={"kind": "prompt", "length": 3}),
+    }
+    folders = [make_run(tmp_path / name, RIGHT, recipe=found, method="gorp") for name, found in given.items()]
+    folders.append(make_run(tmp_path / "d", RIGHT))
+    labels = [run.label for run in load_runs(folders)]
+    assert labels == ["gorp lora parts=B", "gorp lora parts=B+L", "gorp prompt", "inclora"]
+    other = make_run(tmp_path / "e", RIGHT, recipe=recipe(method={"energy": 0.5}), method="gorp", model="models/other")
+    assert load_runs([folders[0], other])[0].label == "gorp", "each backbone may have settings of its own"
+
+
+def test_two_runs_of_the_same_are_refused(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name, RIGHT) for name in "ab"]
+    with pytest.raises(UserError, match=f"the same method, settings, backbone, order and seed as {folders[0]}"):
+        load_runs(folders)
+
+
+def test_globs_name_folders_once(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").touch()
+    assert expand([f"{tmp_path}/*", f"{tmp_path}/two"]) == [tmp_path / "one", tmp_path / "two"]
+    assert expand([f"{tmp_path}/absent"]) == [tmp_path / "absent"], "named as missing when it is read"
+    with pytest.raises(UserError, match="matches no folder"):
+        expand([f"{tmp_path}/x*"])
+
+
+def test_rows_are_paired_by_their_ids(tmp_path: Path) -> None:
+    ours = make_run(tmp_path / "a", {"soil": [True, True, False, False], "rivers": [True, True]}, method="pegp")
+    theirs = make_run(tmp_path / "b", {"soil": [False, False, False, True], "rivers": [True, True]})
+    first, second = load_runs([ours, theirs])
+    found = paired(first, second, "exact_match")
+    assert found is not None
+    assert found.difference == pytest.approx(12.5)
+    assert found.p_value == pytest.approx(1.0), "two gained, one lost"
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low < 0 < found.high
+    (ours / "predictions" / "02-rivers" / "soil.jsonl").unlink()
+    without = paired(first, second, "exact_match")
+    assert without is not None
+    assert (without.difference, without.low, without.p_value) == (pytest.approx(12.5), None, None)
+
+
+def test_the_command_compares_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "runs" / "a", {"soil": [True] * 4, "rivers": [True, True]}, method="pegp")
+    make_run(tmp_path / "runs" / "b", RIGHT)
+    make_run(tmp_path / "runs" / "c", {"soil": [False] * 4, "rivers": [True, True]}, seed=2)
+    unfinished = make_run(tmp_path / "runs" / "d", RIGHT, method="olora")
+    for place in ("cells", "predictions"):
+        for path in (unfinished / place / "02-rivers").iterdir():
+            path.unlink()
+    capsys.readouterr()
+    assert main([f"{tmp_path}/runs/*", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert text in printed
+    assert "| pegp | mini-x | soil, rivers | 1 | 100.0 / 100.0 | 0.0 / 0.0 | 100.0 / 100.0 |" in text
+    assert "| inclora | mini-x | 1 | 2 | 56.2 ± 8.8 [" in text
+    assert "## AA against inclora" in text
+    assert "| pegp | mini-x | soil, rivers | 1 | +37.5 [" in text
+    assert "p = 0.500" in text, "two rows gained, none lost"
+    assert f"- {unfinished}: after rivers: soil, rivers" in text
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [run["AA EM"] for run in content["runs"] if run["method"] == "inclora"] == [62.5, 50.0]
+    with (tmp_path / "out" / "comparison.csv").open() as file:
+        assert [row["AA EM"] for row in csv.DictReader(file) if row["method"] == "olora"] == [""]
+
+    assert main([f"{tmp_path}/runs/*", "--against", "gorp"]) == 2
+    assert "--against: no run of 'gorp'; there are inclora, olora, pegp" in capsys.readouterr().err
+    assert main([f"{tmp_path}/absent*"]) == 2
+    assert "matches no folder" in capsys.readouterr().err
+
+
+def test_runs_unlike_each_other_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "a", RIGHT)
+    make_run(tmp_path / "b", RIGHT, method="pegp", settings={"split": "test", "steps": {"soil": 3, "rivers": 9}})
+    capsys.readouterr()
+    assert main([f"{tmp_path}/[ab]"]) == 0
+    assert f"- {tmp_path}/b and {tmp_path}/a differ in steps: not like for like" in capsys.readouterr().out
+
+
+def test_results_without_their_run_are_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, method in (("a", "inclora"), ("b", "pegp")):
+        folder = make_run(tmp_path / name, RIGHT, method=method)
+        (folder / "run.json").unlink()
+    kept = (tmp_path / "a" / "results.json").read_bytes()
+    capsys.readouterr()
+    assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "| pegp | mini-x | soil, rivers | 1 | 62.5 / 100.0 |" in capsys.readouterr().out
+    assert (tmp_path / "a" / "results.json").read_bytes() == kept
