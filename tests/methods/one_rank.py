@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from plain_engine import PlainEngine
 from plain_reference import Float64
 from random_backbones import PAD, random_examples
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from data_prep.batches import Example
@@ -148,6 +150,28 @@ def learn(
     tensors: dict[str, Tensor] = method.end_task(ctx)
     method.load_trained(task, tensors)
     return tensors
+
+
+def learns_alike_from_its_stage(folder: Path, family: str, learning: Any, taking: Any) -> dict[str, Tensor]:
+    """methods.md 8.6: `learning` learns two tasks, `taking` takes the first one from files and learns the second.
+
+    Asserts that both end alike, bit for bit; the second task's tensors.
+    """
+    tensors = learn(folder, family, learning, 1)
+    state, values = learning.state_dict()
+    saved, state_bytes, text = save({n: t.contiguous() for n, t in tensors.items()}), save(state), json.dumps(values)
+    taking.load_state_dict(load(state_bytes), json.loads(text))
+    taking.load_trained(1, load(saved))
+    second, again = (learn(folder, family, method, 2) for method in (learning, taking))
+    assert second.keys() == again.keys()
+    assert all(torch.equal(second[name], again[name]) for name in second)
+    assert learning.leaks() == taking.leaks() != {}
+    assert learning.records() == taking.records()
+    (spaces, kept), (other_spaces, other_kept) = learning.state_dict(), taking.state_dict()
+    assert kept == other_kept
+    assert spaces.keys() == other_spaces.keys() != set()
+    assert all(torch.equal(spaces[name], other_spaces[name]) for name in spaces)
+    return second
 
 
 def tensors_of(method: Any) -> dict[str, nn.Parameter]:

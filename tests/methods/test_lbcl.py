@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from one_rank import context, learn, new_method, rows_of
+from one_rank import context, learn, learns_alike_from_its_stage, new_method, rows_of
 from plain_reference import Float64
 from random_backbones import random_examples
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
@@ -411,18 +409,7 @@ def test_taking_stages_leads_where_learning_led(folders: dict[str, Path], settin
     """methods.md 8.6: memory and triplets survive a file, and the next task is learnt alike, bit for bit."""
     folder = folders["t5"]
     learning, taking = (lbcl(folder, "t5", **settings) for _ in range(2))
-    tensors = learn(folder, "t5", learning, 1)
-    state, values = learning.state_dict()
-    saved, state_bytes, text = save({n: t.contiguous() for n, t in tensors.items()}), save(state), json.dumps(values)
-    taking.load_state_dict(load(state_bytes), json.loads(text))
-    taking.load_trained(1, load(saved))
-    second, again = (learn(folder, "t5", method, 2) for method in (learning, taking))
-    assert second.keys() == again.keys()
-    assert all(torch.equal(second[name], again[name]) for name in second)
-    assert learning.leaks() == taking.leaks() != {}
-    assert learning.records() == taking.records()
-    assert learning.state_dict()[1] == taking.state_dict()[1]
-    assert all(torch.equal(Q, bases(taking)[name]) for name, Q in bases(learning).items())
+    learns_alike_from_its_stage(folder, "t5", learning, taking)
 
 
 def test_records_say_what_was_measured(folders: dict[str, Path]) -> None:
