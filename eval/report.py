@@ -1,4 +1,4 @@
-"""`report.md` and `results.json` of a run: what was run, scores with definitions, published figures."""
+"""`report.md`, `report.html` and `results.json` of a run: what was run, scores with definitions, published figures."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 
 from data_prep.files import write_atomic, write_json
 from eval.accuracy import DEFINITIONS
+from eval.html_report import format_html
 from eval.published import figures_for, order_name, other_row_counts, source_legend
 from eval.results import SCORES, build_results
 from eval.summary import number, score_title
@@ -29,11 +30,12 @@ TASK_NAME_NOTE = """\
 
 
 def write_results(run_dir: Path) -> dict[str, Any]:
-    """Rebuild `results.json` and `report.md` in `run_dir` from its run.json and cells; gives the results."""
+    """Rebuild `results.json`, `report.md`, `report.html` in `run_dir` from its run.json and cells; the results."""
     results = build_results(run_dir)
     report = format_report(results)
     write_json(run_dir / "results.json", results)
     write_atomic(run_dir / "report.md", report)
+    write_atomic(run_dir / "report.html", format_html(run_dir, results))
     return results
 
 
