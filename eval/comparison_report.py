@@ -95,7 +95,8 @@ def _unlike(runs: Sequence[ComparedRun]) -> list[str]:
         settings = other.results["settings"], run.results["settings"]
         keys = ("split", "add_task_name", "add_dataset_name", "max_source_tokens", "truncation", "steps")
         differing = [key for key in keys if settings[0].get(key) != settings[1].get(key)]
-        if other.results["data_fingerprints"] != run.results["data_fingerprints"]:
+        rows = [[found.results["data_fingerprints"][task] for task in run.results["order"]] for found in (other, run)]
+        if rows[0] != rows[1]:
             differing.append("rows")
         if differing:
             notes.append(f"{run.folder} and {other.folder} differ in {', '.join(differing)}: not like for like")

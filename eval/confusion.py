@@ -38,12 +38,12 @@ class Confusion:
     wrong_rows: int
 
 
-def confusions(run_dir: Path, order: Sequence[str]) -> list[Confusion]:
-    """Every cell that has predictions, in the order of the stream."""
+def confusions(run_dir: Path, order: Sequence[str], unseen: Sequence[str] = ()) -> list[Confusion]:
+    """Every cell that has predictions, in the order of the stream; `unseen`: tasks that are only scored."""
     return [
         _confusion(path, after, task)
         for after in stage_names(order)
-        for task in order
+        for task in (*order, *unseen)
         if (path := predictions_path(run_dir, after, task)).is_file()
     ]
 

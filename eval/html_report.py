@@ -42,7 +42,12 @@ def format_html(run_dir: Path, results: Results) -> str:
         forgetting=_forgetting(results),
         over_stream=_over_stream(results),
         training=_training(events),
-        confusions=confusions(run_dir, order),
+        confusions=confusions(run_dir, order, list(results["unseen"])),
+        unseen=[
+            (task, score_title(score), [found["untrained"][score], *found[score]])
+            for task, found in results["unseen"].items()
+            for score in SCORES
+        ],
         occupied=_occupied(events, order),
         spaces=_spaces(events, len(order)),
         drift=_drift(events, results),

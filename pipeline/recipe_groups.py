@@ -411,7 +411,7 @@ class Evaluation(Group):
     split: Literal["test", "validation"] = "test"
     batch_size: Positive = 32
     max_new_tokens: Positive = 50  # the benchmark's target length
-    unseen: Annotated[list[str], Field(max_length=0)] = []  # not built yet: only [] is legal
+    unseen: list[str] = []  # tasks outside the order, scored after each of its tasks and in no average
     references: list[str] = []  # folders of finished runs of method pertask
 
 

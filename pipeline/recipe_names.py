@@ -27,7 +27,7 @@ def name_faults(raw: Mapping[str, Any]) -> list[str]:
     stream = _stream(_group(raw, "order"))
     known = own | ({task.name for task in synthetic.TASKS} if path == SYNTHETIC else _BENCHMARK)
     places = _places(raw)
-    faults = []
+    faults = _unseen_faults(raw, stream or [])
     sure = path == SYNTHETIC  # whether `known` is all there is
     # A path with a fault of its own is not absolute.
     if isinstance(path, str) and Path(path).is_absolute() and any(name not in known for _, name in places):
@@ -63,10 +63,27 @@ def _stream(order: Mapping[str, Any]) -> list[str] | None:
 
 
 def _places(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(field path, name) of the tasks that the order lists."""
-    tasks = _group(raw, "order").get("tasks")
-    listed = tasks if isinstance(tasks, list) else []
-    return [(f"order.tasks[{i}]", name) for i, name in enumerate(listed) if isinstance(name, str)]
+    """(field path, name) of the tasks that the order and `evaluation.unseen` list."""
+    lists = {
+        "order.tasks": _group(raw, "order").get("tasks"),
+        "evaluation.unseen": _group(raw, "evaluation").get("unseen"),
+    }
+    return [
+        (f"{field}[{i}]", name)
+        for field, listed in lists.items()
+        for i, name in enumerate(listed if isinstance(listed, list) else [])
+        if isinstance(name, str)
+    ]
+
+
+def _unseen_faults(raw: Mapping[str, Any], stream: list[str]) -> list[str]:
+    unseen = [name for field, name in _places(raw) if field.startswith("evaluation.unseen")]
+    trained = [name for name in dict.fromkeys(unseen) if name in stream]
+    twice = [name for name in dict.fromkeys(unseen) if unseen.count(name) > 1]
+    return [
+        *(f"evaluation.unseen: {name} is in the order, so it is seen; name others" for name in trained),
+        *(f"evaluation.unseen: {name} stands there twice; once is enough" for name in twice),
+    ]
 
 
 def _missing_path(needing: list[str]) -> str:

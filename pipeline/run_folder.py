@@ -148,7 +148,7 @@ def run_facts(workload: Workload) -> dict[str, Any]:
     return {
         "order": list(recipe.task_names),
         "order_name": recipe.order.name,
-        "unseen": [],
+        "unseen": [task.name for task in workload.unseen],
         "references": [],
         "method": recipe.method.name,
         "model": {
@@ -159,7 +159,7 @@ def run_facts(workload: Workload) -> dict[str, Any]:
         },
         "seed": recipe.seed,
         "recipe_sha256": recipe.sha256,
-        "data": {task.name: task.facts() for task in workload.tasks},
+        "data": {task.name: task.facts() for task in [*workload.tasks, *workload.unseen]},
         "settings": {
             "split": recipe.evaluation.split,
             "decoding": recipe.evaluation.decoding,

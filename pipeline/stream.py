@@ -73,25 +73,28 @@ class Stream:
         """Every stage and cell that is missing."""
         self.ranks.on_first(self.stages.clean)
         untrained = stage_key(None, {"untrained": self.workload.model_fingerprint})
-        self._score(UNTRAINED, untrained, self.workload.tasks)
+        self._score(UNTRAINED, untrained, [*self.workload.tasks, *self.workload.unseen])
         key: str | None = None
         for task in self.workload.tasks:
             key = self._key(key, task)
             self._take_or_train(task, key)
-            self._score(self.names[task.index], key, [self.workload.tasks[i] for i in self.plan[task.index - 1]])
+            self._score(self.names[task.index], key, self._planned(task))
 
     def score_again(self, *, missing_only: bool = False) -> None:
         """Every cell of every stage that is there; or those that are missing."""
         untrained = stage_key(None, {"untrained": self.workload.model_fingerprint})
-        self._score(UNTRAINED, untrained, self.workload.tasks, again=not missing_only)
+        self._score(UNTRAINED, untrained, [*self.workload.tasks, *self.workload.unseen], again=not missing_only)
         key: str | None = None
         for task in self.workload.tasks:
             key = self._key(key, task)
             if not self._take(task, key):
                 self.log.say(f"task {task.index} {task.name}: no stage yet; run the recipe to train it")
                 return
-            planned = [self.workload.tasks[i] for i in self.plan[task.index - 1]]
-            self._score(self.names[task.index], key, planned, again=not missing_only)
+            self._score(self.names[task.index], key, self._planned(task), again=not missing_only)
+
+    def _planned(self, task: StreamTask) -> list[StreamTask]:
+        """What is scored after `task`."""
+        return [*(self.workload.tasks[i] for i in self.plan[task.index - 1]), *self.workload.unseen]
 
     def _key(self, previous: str | None, task: StreamTask) -> str:
         influences = self.workload.training_influences(task, self.method.influences(task.index))
@@ -276,7 +279,7 @@ class Stream:
         with self.method.equipped(model) if trained else nullcontext():
             for task in missing:
                 self.ranks.check_stop(self.stop)
-                self.method.begin_evaluation(task.name, task.index)
+                self.method.begin_evaluation(task.name, task.index or None)
                 if trained and self.method.weights_by_task:
                     self._merged()  # in place
                 self.cells.score(model, after, key, task)

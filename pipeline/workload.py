@@ -31,7 +31,7 @@ Value = TypeVar("Value")
 class StreamTask:
     """One task of the stream, ready to train and to score."""
 
-    index: int  # from 1
+    index: int  # from 1; 0: outside the order
     data: TaskData
     train: list[Example]
     evaluation: list[Example]
@@ -69,7 +69,8 @@ class Workload:
     kind: AdapterKind
     targets: Sequence[str]  # layers whose weights change: those with a LoRA, and full-rank modules
     tokenizer: PreTrainedTokenizerBase
-    tasks: list[StreamTask]
+    tasks: list[StreamTask]  # the order
+    unseen: list[StreamTask]  # outside the order, of index 0: scored, never trained
 
     def steps(self, task: StreamTask) -> list[Step]:
         """The task's optimizer steps."""
@@ -145,7 +146,8 @@ def _read(recipe: Recipe, folder: Path, model_fingerprint: str) -> Workload:
     check_max_rank(recipe.method, kind, model)
     tokenizer = load_tokenizer(folder, family)
     split = recipe.evaluation.split
-    tasks = load_tasks(recipe.data, recipe.task_names, split=split, seed=recipe.seed)
+    order = recipe.task_names
+    tasks = load_tasks(recipe.data, [*order, *recipe.evaluation.unseen], split=split, seed=recipe.seed)
     workload = Workload(
         recipe=recipe,
         model_folder=folder,
@@ -153,7 +155,8 @@ def _read(recipe: Recipe, folder: Path, model_fingerprint: str) -> Workload:
         kind=kind,
         targets=targets,
         tokenizer=tokenizer,
-        tasks=[_encoded(recipe, index, data, tokenizer) for index, data in enumerate(tasks, start=1)],
+        tasks=[_encoded(recipe, index, data, tokenizer) for index, data in enumerate(tasks[: len(order)], start=1)],
+        unseen=[_encoded(recipe, 0, data, tokenizer) for data in tasks[len(order) :]],
     )
     for task in workload.tasks:
         steps, warmup = len(workload.steps(task)), task.training.warmup_steps

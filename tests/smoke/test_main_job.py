@@ -4,15 +4,21 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 from commands import ROOT, events, launch, results, run, small, train
 
 
+def schema() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((ROOT / "eval" / "results.schema.json").read_text())
+    return content
+
+
 def test_a_run_leaves_what_is_promised(reference: Path) -> None:
     content = json.loads((reference / "results.json").read_text())
-    jsonschema.validate(content, json.loads((ROOT / "eval" / "results.schema.json").read_text()))
+    jsonschema.validate(content, schema())
     matrix = content["matrix"]["exact_match"]
     assert len(matrix) == 2
     assert all(isinstance(score, float) for row in matrix for score in row), "lower_and_next of two tasks is full"
@@ -59,11 +65,23 @@ def test_two_ranks_give_the_results_of_one(reference: Path, tmp_path: Path, zero
 
 def test_llama_and_the_sequential_method_run_too(tmp_path: Path) -> None:
     overrides = small(f"output.dir={tmp_path / 'run'}", "method=seqlora", "evaluation.cells=diagonal_and_last")
+    overrides.append("evaluation.unseen=[lists]")
     done = run(train("recipes/tiny_llama2_order1.yaml", *overrides), timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     matrix = results(tmp_path / "run")["matrix"]["exact_match"]
     assert matrix[0][1] is None, "a cell that was not measured is null"
     assert None not in (matrix[0][0], *matrix[1])
+    content = results(tmp_path / "run")
+    jsonschema.validate(json.loads((tmp_path / "run" / "results.json").read_text()), schema())
+    for score in ("exact_match", "label_scoring"):
+        unseen = content["unseen"]["lists"]
+        cells = [tmp_path / "run" / "cells" / after / "lists.json" for after in ("untrained", "01-notes", "02-letters")]
+        right = [json.loads(cell.read_text())[f"{score}_correct"] for cell in cells]
+        assert [unseen["untrained"][score], *unseen[score]] == pytest.approx([100 * count / 12 for count in right])
+    assert content["order"] == ["notes", "letters"], "what is never trained is in no average"
+    trained = {event["task"] for event in events(tmp_path / "run") if event["event"] == "step"}
+    assert trained == {"notes", "letters"}
+    assert "Tasks never trained" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_scores_are_rebuilt_from_predictions_and_from_the_models(reference: Path, tmp_path: Path) -> None:

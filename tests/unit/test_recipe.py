@@ -118,6 +118,9 @@ def test_all_faults_stand_in_one_message(write) -> None:
             {"order": {"tasks": ["agnews"]}},
             'order.tasks[0]: no task "agnews"; there are counts, letters, lists, notes;',
         ),
+        ({"evaluation": {"unseen": ["letters"]}}, "evaluation.unseen: letters is in the order, so it is seen"),
+        ({"evaluation": {"unseen": ["lists", "lists"]}}, "evaluation.unseen: lists stands there twice"),
+        ({"evaluation": {"unseen": ["list"]}}, 'evaluation.unseen[0]: no task "list"; did you mean "lists"?'),
         (
             {"adapter": {"kind": 5}},
             "adapter.kind: '5' is no kind of adapter; legal: lora, triplet, bottleneck, prompt, prefix",
@@ -468,6 +471,7 @@ OTHER = [
     "evaluation.label_scoring=false",
     "evaluation.split=validation",
     "evaluation.max_new_tokens=5",
+    "evaluation.unseen=[lists]",
     "engine.precision=bf16",
     "data.max_train_rows=12",
     "data.max_test_rows=12",
@@ -516,7 +520,7 @@ OTHER = [
     "method=lbcl adapter.rank=4",
     "method=lbcl adapter.scale=1",
 ]
-ONE_VALUE = {"model.quantization", "training.optimizer", "evaluation.decoding", "evaluation.unseen"}
+ONE_VALUE = {"model.quantization", "training.optimizer", "evaluation.decoding"}
 
 
 def leaves() -> set[tuple[str, str]]:
