@@ -63,7 +63,10 @@ class ComparedRun:
         """Stages whose planned cells are not all there, "after <task>: <task>, ..."."""
         order, cells = self.results["order"], self.results["settings"].get("cells", "diagonal_and_last")
         matrix = self.results["matrix"]["exact_match"]
-        wanted = [(t, [i for i in row if matrix[t][i] is None]) for t, row in enumerate(cells_for(cells, len(order)))]
+        planned = list(enumerate(cells_for(cells, len(order))))
+        if self.results["settings"].get("joint"):  # there is one stage alone, the last
+            planned = planned[-1:]
+        wanted = [(t, [i for i in row if matrix[t][i] is None]) for t, row in planned]
         return [f"after {order[t]}: {', '.join(order[i] for i in row)}" for t, row in wanted if row]
 
     def hits(self, score: str) -> dict[str, Hits] | None:

@@ -1,4 +1,4 @@
-"""Runs that another run is measured against: one model a task (`pertask`), scored on the same rows."""
+"""Runs that others are measured against, on the same rows: one model a task (`pertask`), all tasks jointly (`mtl`)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 from data_prep.errors import UserError
 from eval.run_files import read_object
 
-PERTASK = "pertask"
+PERTASK, JOINT = "pertask", "mtl"
+SCORES = ("exact_match", "label_scoring")
 # What both runs must share of `settings`, else their scores are not of the same thing.
 SHARED = ("split", "decoding", "add_task_name", "add_dataset_name", "max_source_tokens", "truncation")
 
 
 def read_references(folders: Sequence[str], facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What `run.json` keeps of each reference of a run with `facts`: its folder, method, and score on each task alone.
+    """What `run.json` keeps of each reference of a run with `facts`: its folder, method, seed and scores by task.
 
     Raises `UserError` where a folder holds no such run, or one of another backbone, other rows or other prompts.
     """
@@ -24,32 +25,43 @@ def read_references(folders: Sequence[str], facts: Mapping[str, Any]) -> list[di
 
 def single_task_scores(references: Sequence[Mapping[str, Any]], task: str, score: str) -> list[float]:
     """Each reference's score on the task by a model of its own; empty where none has it."""
-    found = [reference["single_task"][score].get(task) for reference in references]
+    found = [reference[score].get(task) for reference in references if reference["method"] == PERTASK]
     return [value for value in found if value is not None]
+
+
+def reference_averages(reference: Mapping[str, Any], order: Sequence[str]) -> dict[str, float | None]:
+    """By score, the reference's mean over the tasks of `order`; None where it lacks one."""
+    return {score: _mean([reference[score].get(task) for task in order]) for score in SCORES}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return sum(there) / len(values) if there and len(there) == len(values) else None
+
+
+def _scores(order: Sequence[str], matrix: Sequence[Sequence[float | None]], method: str) -> dict[str, float]:
+    """By task, what the model of that task reaches; or the one model of all, after the last."""
+    rows = [matrix[-1 if method == JOINT else index][index] for index in range(len(order))]
+    return {task: value for task, value in zip(order, rows, strict=True) if value is not None}
 
 
 def _read(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     place = f"evaluation.references: {folder}"
     if not (folder / "results.json").is_file():
-        raise UserError(f"{place}: no results.json there; give the folder of a finished run of method {PERTASK}")
+        raise UserError(
+            f"{place}: no results.json there; give the folder of a finished run of method {PERTASK} or {JOINT}"
+        )
     results = read_object(folder / "results.json")
     try:
-        if results["method"] != PERTASK:
-            raise UserError(f"{place}: a run of {results['method']}; a reference has method {PERTASK}")
+        method = results["method"]
+        if method not in (PERTASK, JOINT):
+            raise UserError(f"{place}: a run of {method}; a reference has method {PERTASK} or {JOINT}")
         _check(place, results, facts)
-        order = results["order"]
         return {
             "run": str(folder),
-            "method": results["method"],
+            "method": method,
             "seed": results["seed"],
-            "single_task": {
-                score: {
-                    task: row[index]
-                    for index, (task, row) in enumerate(zip(order, results["matrix"][score], strict=True))
-                    if row[index] is not None
-                }
-                for score in ("exact_match", "label_scoring")
-            },
+            **{score: _scores(results["order"], results["matrix"][score], method) for score in SCORES},
         }
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise UserError(

@@ -24,6 +24,8 @@ READING = """\
 - Rows of a matrix: after training which task; columns: on which task. A dash: not measured (not zero).
 - Intervals are 95 % Wilson intervals over the rows of a task; they hold no variance over seeds and orders."""
 
+REFERENCES = {"pertask": "one model a task", "mtl": "all tasks jointly"}
+
 TASK_NAME_NOTE = """\
 - The prompts hold a line `Dataset:<task>` (`data.add_dataset_name` is on, as in the published runs): it is a
   task id in words. Methods that must not know the task are to be compared with it off as well."""
@@ -49,6 +51,7 @@ def format_report(results: Results) -> str:
         *(_matrix_section(results, score) for score in SCORES if _measured(results, score)),
         "## Summary",
         _scalarsmarkdown_table(results),
+        *_references_section(results),
         "## How to read the numbers",
         READING + ("\n" + TASK_NAME_NOTE if results["settings"].get("add_dataset_name") else ""),
         *_unseen_section(results),
@@ -76,6 +79,8 @@ def _what_was_run(results: Results) -> str:
         facts["leak"] = results["leak"]["max"]
     done = sum(row[t] is not None for t, row in enumerate(results["matrix"]["exact_match"]))
     total = len(results["order"])
+    if results["settings"].get("joint"):
+        done, total = int(results["average_accuracy"] is not None), 1
     unfinished = f"\n\n**Not finished: {done} of {total} tasks are trained and scored.**" if done < total else ""
     return _facts_list(facts | dict(results["settings"])) + "\n\nThe whole recipe: `recipe.yaml`." + unfinished
 
@@ -142,6 +147,19 @@ def _scalarsmarkdown_table(results: Results) -> str:
     ]
     legend = "`a[t, i]`: score on task i after training task t; `b[i]`: the untrained model's; T: number of tasks."
     return markdown_table(["", *columns, "definition"], rows) + "\n\n" + legend
+
+
+def _references_section(results: Results) -> list[str]:
+    """What models of one task, and one model of all, reach on the same rows; nothing where no run is named."""
+    if not results["references"]:
+        return []
+    rows = [
+        [f"{REFERENCES[found['method']]}, seed {found['seed']}"]
+        + [number(found["average_accuracy"][score]) for score in SCORES]
+        + [found["run"]]
+        for found in results["references"]
+    ]
+    return ["## References", markdown_table(["", *(score_title(score) for score in SCORES), "run"], rows)]
 
 
 def _unseen_section(results: Results) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from eval.accuracy import AccuracyMatrix
 from eval.intervals import wilson
-from eval.references import single_task_scores
+from eval.references import reference_averages, single_task_scores
 from eval.run_files import UNTRAINED, Cell, read_cells, read_run, stage_names
 
 SCORES = ("exact_match", "label_scoring")  # the headline first
@@ -37,7 +37,11 @@ def build_results(run_dir: Path) -> dict[str, Any]:
         "label_scoring": matrices["label_scoring"].scalars(counts, _alone(run, "label_scoring")),
         "without_unmatchable": _without_unmatchable(cells, order, counts),
         "unseen": {task: _unseen(cells, order, task) for task in run.get("unseen") or []},
-        "references": [{"run": found["run"], "seed": found["seed"]} for found in run.get("references") or []],
+        "references": [
+            {key: found[key] for key in ("run", "method", "seed")}
+            | {"average_accuracy": reference_averages(found, order)}
+            for found in run.get("references") or []
+        ],
         "leak": run.get("leak"),
         "recipe_sha256": run["recipe_sha256"],
         "rows": _per_task(run, {"train": "train_rows", "evaluation": "evaluation_rows", "unmatchable": "unmatchable"}),

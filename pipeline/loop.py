@@ -51,6 +51,41 @@ def plan_task(
     return steps
 
 
+def plan_joint(
+    parts: Sequence[tuple[Sequence[Example], int]],
+    training: Training,
+    batching: Batching,
+    *,
+    seed: int,
+    task_index: int,
+) -> list[Step]:
+    """Steps over the rows of several tasks, each with its epochs; positions count through the rows of all.
+
+    Epoch e deals the rows of those tasks that have so many, all together.
+    """
+    starts = [sum(len(rows) for rows, _ in parts[:index]) for index in range(len(parts))]
+    lengths = [len(example.input_ids) + len(example.label_ids) for rows, _ in parts for example in rows]
+    steps: list[Step] = []
+    for epoch in range(max(epochs for _, epochs in parts)):
+        dealt = [
+            start + row
+            for (rows, epochs), start in zip(parts, starts, strict=True)
+            if epoch < epochs
+            for row in range(len(rows))
+        ]
+        planned = plan_steps(
+            [lengths[position] for position in dealt],
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            order=batching.order,
+            seed=seed,
+            task_index=task_index,
+            epoch=epoch,
+        )
+        steps += [[[row if row == PADDING_ROW else dealt[row] for row in part] for part in step] for step in planned]
+    return steps
+
+
 def learning_rate(training: Training, step: int, steps: int) -> float:
     """The rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then constant or half a cosine."""
     if step < training.warmup_steps:

@@ -89,15 +89,19 @@ def _activation_bytes(recipe: Recipe, workload: Workload, model: nn.Module, widt
 def _task_table(workload: Workload) -> list[str]:
     header = f"{'task':<16}{'train rows':>11}{'cut':>7}{'scored rows':>13}{'cut':>7}{'steps':>8}  labels"
     lines = [header]
+    joint = workload.recipe.method.joint
     for task in [*workload.tasks, *workload.unseen]:
         facts = task.facts()
         lines.append(
             f"{task.name:<16}{facts['train_rows']:>11}{facts['truncated_train']:>7}"
             f"{facts['evaluation_rows']:>13}{facts['truncated_evaluation']:>7}"
-            f"{len(workload.steps(task)) if task.index else '-':>8}  {len(facts['labels'])}"
+            f"{len(workload.steps(task)) if task.index and not joint else '-':>8}  {len(facts['labels'])}"
         )
-    cells = sum(len(row) for row in cells_for(workload.recipe.evaluation.cells, len(workload.tasks)))
-    cells += len(workload.tasks) * len(workload.unseen)
+    planned = cells_for(workload.recipe.evaluation.cells, len(workload.tasks))
+    if joint:
+        planned = planned[-1:]
+        lines.append(f"trained together in {len(workload.steps(workload.trained_tasks[0]))} steps")
+    cells = sum(len(row) + len(workload.unseen) for row in planned)
     lines.append(
         f"cut: rows whose passage is shortened to {workload.recipe.data.max_source_tokens} tokens; "
         f"{cells} cells to score and {len(workload.tasks) + len(workload.unseen)} of the untrained model"

@@ -31,6 +31,7 @@ from pipeline.recipe_groups import (
     LoraAdapter,
     MethodSettings,
     Model,
+    Mtl,
     OLora,
     Order,
     Output,
@@ -63,6 +64,7 @@ __all__ = [
     "LoraAdapter",
     "MethodSettings",
     "Model",
+    "Mtl",
     "OLora",
     "Order",
     "Output",
@@ -127,12 +129,29 @@ class Recipe(Group):
                 f"adapter.kind: {kind} has no place in gorp, which trains LoRA and full-rank cores; use adapter=lora, "
                 "or method=pegp"
             )
+        if self.method.name == "mtl":
+            self._one_training()
         if kind == "prefix" and self.engine.gradient_checkpointing:
             raise ValueError(
                 "engine.gradient_checkpointing: true recomputes layers without the cache that holds the prefix; "
                 "set it to false, or choose another adapter"
             )
         return self
+
+    def _one_training(self) -> None:
+        """What tasks that are trained together cannot each have."""
+        given = [
+            f"training.per_task.{name}.{key}"
+            for name, task in self.training.per_task.items()
+            for key in ("max_steps", "learning_rate")
+            if getattr(task, key) is not None
+        ]
+        given += ["training.max_steps"] if self.training.max_steps is not None else []
+        if given:
+            raise ValueError(
+                f"{given[0]}: mtl trains the rows of all tasks together, at one rate and each for its epochs; "
+                "set it to null"
+            )
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -131,6 +131,11 @@ class AdapterTraining(Group):
         return False
 
     @property
+    def joint(self) -> bool:
+        """Whether all tasks of the order are trained together, once, in the place of the last."""
+        return False
+
+    @property
     def adds_up(self) -> bool:
         """Whether LoRAs that are one task's all stand in the model together."""
         return True
@@ -149,6 +154,17 @@ class IncLora(AdapterTraining):
 
     @property
     def new_lora_each_task(self) -> bool:
+        """Always."""
+        return True
+
+
+class Mtl(AdapterTraining):
+    """One adapter of any kind, trained on all tasks of the order jointly."""
+
+    name: Literal["mtl"]
+
+    @property
+    def joint(self) -> bool:
         """Always."""
         return True
 
@@ -301,7 +317,7 @@ class LbCl(Constrained):
         return self
 
 
-MethodSettings = Annotated[SeqLora | IncLora | PerTask | OLora | Pegp | Gorp | LbCl, Field(discriminator="name")]
+MethodSettings = Annotated[SeqLora | IncLora | PerTask | Mtl | OLora | Pegp | Gorp | LbCl, Field(discriminator="name")]
 
 
 class LoraAdapter(Group):
@@ -412,7 +428,7 @@ class Evaluation(Group):
     batch_size: Positive = 32
     max_new_tokens: Positive = 50  # the benchmark's target length
     unseen: list[str] = []  # tasks outside the order, scored after each of its tasks and in no average
-    references: list[str] = []  # folders of finished runs of method pertask
+    references: list[str] = []  # folders of finished runs of methods pertask and mtl
 
 
 class Engine(Group):

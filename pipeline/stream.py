@@ -75,7 +75,7 @@ class Stream:
         untrained = stage_key(None, {"untrained": self.workload.model_fingerprint})
         self._score(UNTRAINED, untrained, [*self.workload.tasks, *self.workload.unseen])
         key: str | None = None
-        for task in self.workload.tasks:
+        for task in self.workload.trained_tasks:
             key = self._key(key, task)
             self._take_or_train(task, key)
             self._score(self.names[task.index], key, self._planned(task))
@@ -85,7 +85,7 @@ class Stream:
         untrained = stage_key(None, {"untrained": self.workload.model_fingerprint})
         self._score(UNTRAINED, untrained, [*self.workload.tasks, *self.workload.unseen], again=not missing_only)
         key: str | None = None
-        for task in self.workload.tasks:
+        for task in self.workload.trained_tasks:
             key = self._key(key, task)
             if not self._take(task, key):
                 self.log.say(f"task {task.index} {task.name}: no stage yet; run the recipe to train it")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +17,7 @@ from pipeline.adapter_kinds import adapter_kind, check_max_rank
 from pipeline.adapters.base import AdapterKind
 from pipeline.adapters.lora import LoraKind
 from pipeline.checkpoints import backbone_folder, check_weights, fingerprint
-from pipeline.loop import Step, plan_task
+from pipeline.loop import Step, plan_joint, plan_task
 from pipeline.models import load_tokenizer, skeleton
 from pipeline.recipe import SYNTHETIC, Recipe, Training
 
@@ -37,6 +37,7 @@ class StreamTask:
     evaluation: list[Example]
     label_ids: list[tuple[int, ...]]
     training: Training
+    joined: Sequence[StreamTask] = ()  # the tasks that are trained together as this one, itself among them
 
     @property
     def name(self) -> str:
@@ -75,7 +76,18 @@ class Workload:
     def steps(self, task: StreamTask) -> list[Step]:
         """The task's optimizer steps."""
         recipe = self.recipe
+        if task.joined:
+            parts = [(part.train, part.training.epochs) for part in task.joined]
+            return plan_joint(parts, recipe.training, recipe.batching, seed=recipe.seed, task_index=task.index)
         return plan_task(task.train, task.training, recipe.batching, seed=recipe.seed, task_index=task.index)
+
+    @property
+    def trained_tasks(self) -> list[StreamTask]:
+        """The tasks as they are trained: the order, or all of it together in the last one's place."""
+        if not self.recipe.method.joint:
+            return self.tasks
+        rows = [example for task in self.tasks for example in task.train]
+        return [replace(self.tasks[-1], train=rows, training=self.recipe.training, joined=tuple(self.tasks))]
 
     def training_influences(self, task: StreamTask, method: Mapping[str, Any]) -> dict[str, Any]:
         """All that decides a task's trained weights beside the stage before it: the stage's address."""
@@ -84,7 +96,7 @@ class Workload:
         return {
             "backbone": self.model_fingerprint,
             "family": recipe.model.family,
-            "rows": task.data.fingerprints["train"],
+            "rows": self._trained_rows(task),
             **self._prompt_influences(task),
             "adapter": recipe.adapter.model_dump(mode="json"),
             "training": training,
@@ -94,6 +106,15 @@ class Workload:
             "seed": recipe.seed,
             "index": task.index,
         }
+
+    def _trained_rows(self, task: StreamTask) -> Any:
+        """The fingerprint of a task's rows; of tasks trained together theirs, with names and epochs."""
+        if not task.joined:
+            return task.data.fingerprints["train"]
+        return [
+            [part.data.fingerprints["train"], part.name, part.data.task.family, part.training.epochs]
+            for part in task.joined
+        ]
 
     def cell_influences(self, task: StreamTask) -> dict[str, Any]:
         """All that decides a score beside the weights: a cell's address."""
@@ -158,7 +179,7 @@ def _read(recipe: Recipe, folder: Path, model_fingerprint: str) -> Workload:
         tasks=[_encoded(recipe, index, data, tokenizer) for index, data in enumerate(tasks[: len(order)], start=1)],
         unseen=[_encoded(recipe, 0, data, tokenizer) for data in tasks[len(order) :]],
     )
-    for task in workload.tasks:
+    for task in workload.trained_tasks:
         steps, warmup = len(workload.steps(task)), task.training.warmup_steps
         if warmup and warmup >= steps:
             raise UserError(

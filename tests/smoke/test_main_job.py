@@ -111,7 +111,7 @@ def test_scores_are_rebuilt_from_predictions_and_from_the_models(reference: Path
     assert results(folder) == results(reference)
 
 
-def test_one_model_a_task_is_a_reference(reference: Path, tmp_path: Path) -> None:
+def test_one_model_a_task_and_one_of_all_are_references(reference: Path, tmp_path: Path) -> None:
     alone, folder = tmp_path / "alone", tmp_path / "run"
     enough = ("training.epochs=12", "training.learning_rate=3.0e-3")  # to learn what the untrained model cannot do
     overrides = small(f"output.dir={alone}", "method=pertask", "evaluation.cells=full", *enough)
@@ -125,12 +125,33 @@ def test_one_model_a_task_is_a_reference(reference: Path, tmp_path: Path) -> Non
         cell = json.loads((alone / "cells" / "02-letters" / "letters.json").read_text())
         assert second == pytest.approx(100 * cell[f"{score}_correct"] / cell["rows"])
 
-    # The finished run of another method, told of its reference afterwards: nothing is trained, the scores are added.
+    joint = tmp_path / "joint"
+    done = run(train("recipes/tiny_t5_order1.yaml", *small(f"output.dir={joint}", "method=mtl", *enough)), timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name[:3] for path in (joint / "stages").iterdir()] == ["02-"], "one stage, in the last task's place"
+    (none, nothing), (first, second) = results(joint)["matrix"]["label_scoring"]
+    assert none is nothing is None
+    assert min(first, second) > 25, "both tasks are learnt: four labels each"
+    assert sum(event["event"] == "step" for event in events(joint)) == 12 * 2 * 36 // 8, (
+        "no rows are left out, or twice"
+    )
+    assert "Not finished" not in (joint / "report.md").read_text()
+
+    # The finished run of another method, told of its references afterwards: nothing is trained, the scores are added.
     shutil.copytree(reference, folder)
-    done = run(train("recipes/tiny_t5_order1.yaml", *small(f"output.dir={folder}", f"evaluation.references=[{alone}]")))
+    named = f"evaluation.references=[{alone}, {joint}]"
+    done = run(train("recipes/tiny_t5_order1.yaml", *small(f"output.dir={folder}", named)))
     assert done.returncode == 0, done.stderr[-3000:]
     found = results(folder)
-    assert found["references"] == [{"run": str(alone), "seed": 42}]
+    jsonschema.validate(json.loads((folder / "results.json").read_text()), schema())
+    assert [(one["run"], one["method"]) for one in found["references"]] == [
+        (str(alone), "pertask"),
+        (str(joint), "mtl"),
+    ]
+    for one in found["references"]:
+        assert (
+            one["average_accuracy"]["label_scoring"] == results(Path(one["run"]))["label_scoring"]["average_accuracy"]
+        )
     single = results(alone)["matrix"]["exact_match"]
     learnt = found["matrix"]["exact_match"]
     assert found["transfer_vs_pertask"] == pytest.approx(sum(learnt[i][i] - single[i][i] for i in range(2)) / 2)

@@ -10,8 +10,29 @@ from hypothesis import strategies as st
 from random_backbones import random_examples
 
 from data_prep.batches import Example
-from pipeline.loop import learning_rate, plan_task
+from pipeline.loop import learning_rate, plan_joint, plan_task
 from pipeline.recipe import Batching, Training
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3)), min_size=1, max_size=4),
+    st.sampled_from(["bucketed", "random"]),
+)
+def test_rows_of_tasks_trained_jointly_come_once_in_each_of_their_epochs(
+    sizes: list[tuple[int, int]], order: str
+) -> None:
+    parts = [(random_examples(count, "t5", seed=task), epochs) for task, (count, epochs) in enumerate(sizes)]
+    steps = plan_joint(parts, training(), Batching(order=order), seed=7, task_index=2)
+    dealt = [row for step in steps for part in step for row in part if row >= 0]
+    position, epoch_sizes = 0, [sum(count for count, epochs in sizes if epoch < epochs) for epoch in range(3)]
+    for count, epochs in sizes:
+        assert all(dealt.count(row) == epochs for row in range(position, position + count))
+        position += count
+    assert max(dealt) == position - 1
+    for size in filter(None, epoch_sizes):  # no row comes twice before all of its epoch's have come
+        assert len(set(dealt[:size])) == size
+        dealt = dealt[size:]
+    assert not dealt
 
 
 def training(**values: object) -> Training:

@@ -118,6 +118,10 @@ def test_all_faults_stand_in_one_message(write) -> None:
             {"order": {"tasks": ["agnews"]}},
             'order.tasks[0]: no task "agnews"; there are counts, letters, lists, notes;',
         ),
+        (
+            {"method": {"name": "mtl"}, "training": {"per_task": {"notes": {"learning_rate": 0.1}}}},
+            "training.per_task.notes.learning_rate: mtl trains the rows of all tasks together, at one rate",
+        ),
         ({"evaluation": {"unseen": ["letters"]}}, "evaluation.unseen: letters is in the order, so it is seen"),
         ({"evaluation": {"unseen": ["lists", "lists"]}}, "evaluation.unseen: lists stands there twice"),
         ({"evaluation": {"unseen": ["list"]}}, 'evaluation.unseen[0]: no task "list"; did you mean "lists"?'),

@@ -63,7 +63,7 @@ def test_the_diagonal_is_what_a_model_alone_reaches(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": "inclora"}, "a run of inclora; a reference has method pertask"),
+        ({"method": "inclora"}, "a run of inclora; a reference has method pertask or mtl"),
         ({"model": {"fingerprint": "e" * 64}}, "its backbone is another one (eeeeeeeeeeee, here ffffffffffff)"),
         ({"settings": FACTS["settings"] | {"split": "validation"}}, "its split is 'validation', here 'test'"),
         ({"settings": FACTS["settings"] | {"max_source_tokens": 32}}, "its max_source_tokens is 32, here 64"),
@@ -86,7 +86,9 @@ def test_what_is_no_reference_is_refused(tmp_path: Path, changes: dict[str, Any]
 
 
 def test_a_missing_or_damaged_reference_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no results.json there; give the folder of a finished run of method pertask"):
+    with pytest.raises(
+        UserError, match=r"no results.json there; give the folder of a finished run of method pertask or mtl"
+    ):
         read_references([str(tmp_path)], FACTS)
     damaged = reference(tmp_path / "run", matrix=None)
     with pytest.raises(UserError, match=r"results.json: damaged .* rebuild it: python -m eval"):
