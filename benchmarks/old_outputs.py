@@ -20,19 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.finished_runs import FinishedRun
 from benchmarks.tasks import OneRank
 from data_prep.errors import UserError
 from pipeline.adapters.forwards import inputs_seen
 from pipeline.context import Context
-from pipeline.methods import METHODS, Method
 from pipeline.methods.feature_pass import feature_sample
 from pipeline.projection.features import SecondMoments
 from pipeline.projection.subspace import Subspace
-from pipeline.recipe import Recipe
-from pipeline.stage_files import verified_manifest
-from pipeline.stages import Stage
-from pipeline.weights import Weights
-from pipeline.workload import Alone, StreamTask, Workload, load_workload
+from pipeline.workload import StreamTask
 
 
 @dataclass(frozen=True)
@@ -61,34 +57,16 @@ class OldTask:
     exact_match_at_end: float
 
 
-class Run:
-    """A finished run, its stages loaded one after another."""
-
-    def __init__(self, folder: Path) -> None:
-        """`UserError` where there is no finished run of a method whose changes can be merged into weights."""
-        self.folder = folder
-        for needed in ("recipe.yaml", "results.json"):
-            if not (folder / needed).is_file():
-                raise UserError(f"{folder}: no {needed} here; give the folder of a finished run")
-        self.recipe = Recipe.load_resolved(folder / "recipe.yaml")
-        self.workload: Workload = load_workload(self.recipe, Alone())
-        if not self.workload.targets:
-            raise UserError(f"{folder}: a {self.workload.kind.name} cannot be merged, so no weight moves; give others")
-        self._weights = Weights(self.workload, torch.device("cpu"))
+class Run(FinishedRun):
+    """A finished run, its stages looked at one after another."""
 
     def old_tasks(self, row_count: int) -> list[OldTask]:
         """Each task but the last."""
-        name = self.recipe.method.name
-        method: Method[Any] = METHODS[name](self.recipe.method, self.workload.kind, task_count=len(self.workload.tasks))
         seen = []
-        for task in self.workload.tasks:
-            stage = self._stage(task)
-            method.load_state_dict(*stage.load_method(name))
-            method.load_trained(task.index, stage.load_trained())
-            model = self._weights.model(method.active(), method.matrices())
+        for task, method, model in self.stages():
             seen.append(self._look(model, task, row_count, self._protected(method)))
         end = self._layers(model)
-        matrix = json.loads((self.folder / "results.json").read_bytes())["matrix"]["exact_match"]
+        matrix = self.results["matrix"]["exact_match"]
         found = []
         for task, then in zip(self.workload.tasks[:-1], seen, strict=False):
             shares = [then.protected[layer].share(C) for layer, C in then.C.items() if layer in then.protected]
@@ -98,7 +76,7 @@ class Run:
             found.append(
                 OldTask(
                     run=self.folder.name,
-                    method=name,
+                    method=self.recipe.method.name,
                     task=task.name,
                     protected_energy=_mean(shares) if shares else None,
                     moved=_mean(moved.values()),
@@ -113,13 +91,6 @@ class Run:
                 )
             )
         return found
-
-    def _stage(self, task: StreamTask) -> Stage:
-        """By its index: its address depends on the code that made it."""
-        folders = list((self.folder / "stages").glob(f"{task.index:02d}-*"))
-        if len(folders) != 1:
-            raise UserError(f"{self.folder}: {len(folders)} stages of task {task.index} ({task.name}), not one")
-        return Stage(folders[0], task.index, task.name, verified_manifest(folders[0])["key"])
 
     def _layers(self, model: nn.Module) -> dict[str, Any]:
         return {name: model.get_submodule(name) for name in self.workload.targets}

@@ -1,0 +1,175 @@
+"""How fast rows are scored: `python benchmarks/evaluation.py [--model MODEL] [--run RUN]`; see README.md here."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # `python benchmarks/evaluation.py` puts this folder first; ours start at the repository.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import exp, log
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.finished_runs import FinishedRun
+from benchmarks.pairs import Report, compare, table, write_json
+from benchmarks.streams import MODELS
+from data_prep.batches import Example
+from data_prep.errors import UserError
+from eval.decode import predict
+from eval.generation import end_ids
+from eval.scoring import exact_match
+from pipeline.models import load_backbone
+from pipeline.recipe import Recipe
+from pipeline.workload import Alone, StreamTask, Workload, load_workload
+
+NEW_TOKENS = 50  # the benchmark's target length
+GOALS = {"endless": 1 / 8, "untrained": 1.0, "trained": 1.0}  # of each task: our time to the baseline's
+MEAN_GOAL = 1 / 1.5  # of the geometric mean over tasks, on models that stop by themselves
+
+
+class Scoring:
+    """A task's rows, scored by us and by transformers' own `generate`, in batches of equal size."""
+
+    def __init__(self, model: Any, workload: Workload, task: StreamTask, rows: int, batch_size: int) -> None:
+        self.model, self.tokenizer, self.task = model, workload.tokenizer, task
+        self.family = workload.recipe.model.family
+        self.examples: Sequence[Example] = task.evaluation[:rows]
+        self.batch_size = batch_size
+        self.texts: dict[str, list[str]] = {}
+        self.lengths: list[int] = []
+
+    def ours(self, _: int) -> None:
+        """Early stop, rows dropped, batches of like length; no label scoring, which the baseline has not."""
+        found = predict(
+            self.model,
+            self.tokenizer,
+            self.examples,
+            family=self.family,
+            labels=self.task.data.task.labels,
+            label_ids=self.task.label_ids,
+            max_new_tokens=NEW_TOKENS,
+            batch_size=self.batch_size,
+            label_scoring=False,
+        )
+        self.texts["ours"] = [prediction.text for prediction in found]
+
+    @torch.inference_mode()
+    def baseline(self, _: int) -> None:
+        """Rows in their order, padded to the longest of a batch, to EOS or the limit."""
+        texts, lengths = [], []
+        for start in range(0, len(self.examples), self.batch_size):
+            prompts = [example.input_ids for example in self.examples[start : start + self.batch_size]]
+            ids, mask = _padded(prompts, int(self.tokenizer.pad_token_id or 0), left=self.family == "llama2")
+            written = self.model.generate(
+                input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=NEW_TOKENS
+            )
+            written = written[:, ids.shape[1] :] if self.family == "llama2" else written[:, 1:]
+            ends = end_ids(self.model, self.tokenizer)
+            for row in written.tolist():
+                stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+                lengths.append(stop)
+                texts.append(
+                    self.tokenizer.decode(row[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                )
+        self.texts["baseline"], self.lengths = texts, lengths
+
+    def check(self) -> int:
+        """Rows that are right; both must agree on every row."""
+        labels = [self.tokenizer.decode(example.label_ids, skip_special_tokens=True) for example in self.examples]
+        right = {
+            name: [exact_match(text, label) for text, label in zip(texts, labels, strict=True)]
+            for name, texts in self.texts.items()
+        }
+        assert right["ours"] == right["baseline"], f"{self.task.name}: scores differ"
+        return sum(right["ours"])
+
+
+def _padded(prompts: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    width = max(map(len, prompts))
+    rows = [[pad] * (width - len(p)) + list(p) if left else list(p) + [pad] * (width - len(p)) for p in prompts]
+    masks = [[0] * (width - len(p)) + [1] * len(p) if left else [1] * len(p) + [0] * (width - len(p)) for p in prompts]
+    return torch.tensor(rows), torch.tensor(masks)
+
+
+def endless(model: Any, tokenizer: Any) -> nn.Module:
+    """The model with a head that knows no end: it generates to its limit, as a damaged one does."""
+    damaged: Any = copy.deepcopy(model)
+    damaged.lm_head.weight = nn.Parameter(damaged.lm_head.weight.detach().clone(), requires_grad=False)
+    for end in end_ids(model, tokenizer):
+        damaged.lm_head.weight[end] = 0
+    return damaged
+
+
+def measure(report: Report, name: str, state: str, model: Any, workload: Workload, options: argparse.Namespace) -> None:
+    """One state of one model over all tasks."""
+    ratios = []
+    for task in workload.tasks:
+        scoring = Scoring(model, workload, task, options.rows, options.batch_size)
+        title = f"{name}, {state}: {task.name}, {len(scoring.examples)} rows"
+        found = compare(title, scoring.ours, scoring.baseline, pairs=options.pairs, goal=GOALS[state])
+        ratios.append(found.ratio)
+        report.add(found)
+        report.state(title, {"right": scoring.check(), "the baseline's mean length": round(fmean(scoring.lengths), 1)})
+    mean = exp(fmean(map(log, ratios)))
+    goal = GOALS[state] if state == "endless" else MEAN_GOAL
+    verdict = "met" if mean <= goal else "missed"
+    report.state(f"{name}, {state}: times faster, geometric mean", f"{1 / mean:.2f} (goal {1 / goal:.1f}: {verdict})")
+
+
+def states(options: argparse.Namespace) -> list[tuple[str, str, Callable[[], Any], Workload]]:
+    """Name, state, what makes the model, and whose rows."""
+    found: list[tuple[str, str, Callable[[], Any], Workload]] = []
+    for name in [options.model] if options.model else MODELS:
+        recipe = Recipe.load(f"recipes/{name}_order4.yaml")
+        workload = load_workload(recipe, Alone())
+        plain = partial(load_backbone, workload.model_folder, recipe.model.family, dtype=torch.float32)
+        found += [(name, "untrained", plain, workload)]
+        found += [
+            (name, "endless", lambda plain=plain, workload=workload: endless(plain(), workload.tokenizer), workload)
+        ]
+    for folder in options.run or []:
+        run = FinishedRun(folder)
+        found.append((folder.name, "trained", partial(_last, run), run.workload))
+    return found
+
+
+def _last(run: FinishedRun) -> nn.Module:
+    *_, (_, _, model) = run.stages()
+    return model
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python benchmarks/evaluation.py", description=__doc__)
+    parser.add_argument("--model", choices=MODELS, help="both by default")
+    parser.add_argument("--run", type=Path, action="append", help="a finished run, scored after its last task")
+    parser.add_argument("--rows", type=int, default=200, help="of each task")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    report = Report()
+    print(table([]), flush=True)
+    try:
+        for name, state, make, workload in states(options):
+            measure(report, name, state, make(), workload, options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        arguments = {key: str(value) for key, value in vars(options).items() if key != "json"}
+        write_json(options.json, report.ratios, report.stated, arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
