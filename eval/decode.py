@@ -6,6 +6,7 @@ Each batch of prompts is read once and serves both.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,9 @@ import torch
 from data_prep.batches import Example
 from eval.generation import TextFollower, end_ids, generate_greedily
 from eval.label_scoring import score_options
-from eval.prompt_state import LlamaState, PromptState, T5State
+from eval.prompt_state import LlamaState, PromptState, SharedPrefix, T5State, common_prefix
+
+FEWEST_SHARED = 8  # tokens: fewer are not worth a forward of their own
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,9 @@ def predict(
     assert max_new_tokens > 0, max_new_tokens
     follower, ends = TextFollower(tokenizer, labels), end_ids(model, tokenizer)
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id) if i is not None), 0)
-    read = T5State if family == "t5" else LlamaState
     found: dict[int, Prediction] = {}
     with torch.inference_mode(), _evaluating(model):
+        read = _reader(model, [example.input_ids for example in examples], family)
         for batch in plan_batches([len(e.input_ids) for e in examples], batch_size, max_new_tokens):
             state: PromptState = read(model, [examples[i].input_ids for i in batch], pad_id)
             # Scoring leaves the state as it was; generation uses it up.
@@ -79,6 +82,16 @@ def predict(
             if on_batch is not None:
                 on_batch()
     return [found[position] for position in range(len(examples))]
+
+
+def _reader(
+    model: Any, prompts: Sequence[Sequence[int]], family: str
+) -> Callable[[Any, Sequence[Sequence[int]], int], PromptState]:
+    """How a batch of the prompts is read: by a decoder-only model, from where they begin to differ."""
+    if family == "t5":
+        return T5State
+    ids = common_prefix(prompts) if len(prompts) > 1 else ()
+    return partial(LlamaState, shared=SharedPrefix(model, ids)) if len(ids) >= FEWEST_SHARED else LlamaState
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int, max_new_tokens: int) -> list[list[int]]:

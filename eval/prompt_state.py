@@ -6,6 +6,7 @@ A model may put v virtual tokens of its own before what it reads (a soft prompt,
 states find them in the cache, where all positions count from the first of them.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -108,26 +109,54 @@ class T5State:
         return logits
 
 
+class SharedPrefix:
+    """The tokens that all prompts of a task begin with, read once by a decoder-only model."""
+
+    def __init__(self, model: Any, ids: Sequence[int]) -> None:
+        self.ids = ids
+        device = model.get_input_embeddings().weight.device
+        self._cache = model.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=True).past_key_values
+
+    def cache(self, rows: int) -> Any:
+        """A cache of its own for so many rows."""
+        cache = copy.deepcopy(self._cache)
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The tokens that all prompts begin with, but for the last of the shortest: of each, something is left to read."""
+    shortest = min(len(prompt) for prompt in prompts)
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # what these share, all between them share
+    same = next((at for at in range(shortest) if first[at] != last[at]), shortest)
+    return first[: min(same, shortest - 1)]
+
+
 class LlamaState:
-    """Prompts read by a decoder-only model, padded on the right.
+    """Prompts read by a decoder-only model, padded on the right; what they share may have been read before.
 
     So the prompt needs no mask (no token sees the padding after it); later tokens mask the padding and take
     their true positions. `lengths` and `mask` count virtual tokens once the prompt is read.
     """
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
+    def __init__(
+        self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int, shared: SharedPrefix | None = None
+    ) -> None:
+        """`shared`: what each of the prompts begins with."""
         weight = model.get_input_embeddings().weight
-        input_ids, self.lengths = _padded(prompts, pad_id, weight.device)
+        known = 0 if shared is None else len(shared.ids)
+        input_ids, self.lengths = _padded([prompt[known:] for prompt in prompts], pad_id, weight.device)
         self.model = model
         self.mask = _read_mask(self.lengths, input_ids.shape[1])
-        read = model.model(input_ids=input_ids, use_cache=True)
+        cache = None if shared is None else shared.cache(len(prompts))
+        read = model.model(input_ids=input_ids, past_key_values=cache, use_cache=True)
         self.cache = read.past_key_values
         last = read.last_hidden_state[torch.arange(len(prompts), device=weight.device), self.lengths - 1]
         self.logits: Tensor = model.lm_head(last)
-        virtual = self.cache.get_seq_length() - input_ids.shape[1]
-        self.lengths = self.lengths + virtual
+        before = self.cache.get_seq_length() - input_ids.shape[1]  # what is shared, and virtual tokens
+        self.lengths = self.lengths + before
         if self.mask is not None:
-            self.mask = torch.nn.functional.pad(self.mask, (virtual, 0), value=1)
+            self.mask = torch.nn.functional.pad(self.mask, (before, 0), value=1)
 
     def _decode(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         output = self.model(

@@ -3,11 +3,13 @@
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from small_tokenizers import tokenizer_of
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from data_prep.batches import Example
+from eval import decode
 from eval.decode import Prediction, predict
 
 FAMILIES = ("t5", "llama2")
@@ -97,6 +99,15 @@ def random_texts(family: str) -> list[str]:
     return full_texts(random_model(family), tokenizer_of(family), family)
 
 
+def beginning_alike(tokenizer: Any) -> list[Example]:
+    """The sentences after the same 20 tokens, and these tokens alone: for decoder-only models."""
+    examples = examples_of(tokenizer, "llama2")
+    same = tuple(token for example in examples for token in example.input_ids[1:])[:20]
+    prompts = [(tokenizer.bos_token_id, *same, *example.input_ids[1:]) for example in examples]
+    prompts.append((tokenizer.bos_token_id, *same))
+    return [Example(number, prompt, (), False) for number, prompt in enumerate(prompts)]
+
+
 def run(model: Any, tokenizer: Any, family: str, labels: list[str], **changes: Any) -> list[Prediction]:
     arguments: dict[str, Any] = {
         "examples": examples_of(tokenizer, family),
@@ -107,3 +118,27 @@ def run(model: Any, tokenizer: Any, family: str, labels: list[str], **changes: A
         "label_scoring": False,
     }
     return predict(model, tokenizer, **{**arguments, **changes})
+
+
+def check_shared_prefix(model: Any, monkeypatch: pytest.MonkeyPatch, *, precision: float) -> None:
+    """A decoder-only model says and scores the same whether what prompts share is read once or with each."""
+    tokenizer = tokenizer_of("llama2")
+    examples, labels = beginning_alike(tokenizer), ["Moss", "Moss or fern", "wall"]
+    reads: list[int] = []
+    shared = decode.SharedPrefix
+
+    def counted(model: Any, ids: Any) -> Any:
+        reads.append(len(ids))
+        return shared(model, ids)
+
+    monkeypatch.setattr(decode, "SharedPrefix", counted)
+    found = []
+    for fewest in (8, 10**6):
+        monkeypatch.setattr(decode, "FEWEST_SHARED", fewest)
+        changes = {"examples": examples, "label_scoring": True, "max_new_tokens": 8}
+        found.append(run(model, tokenizer, "llama2", labels, **changes))
+    assert reads == [20], "once for the task: all but the last token of the shortest prompt"
+    for once, each in zip(*found, strict=True):
+        assert (once.text, once.tokens, once.stopped) == (each.text, each.tokens, each.stopped)
+        assert once.option_scores == pytest.approx(each.option_scores, abs=precision)
+    assert len({once.text for once in found[0]}) > 3, "rows must differ"

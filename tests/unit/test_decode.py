@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import FAMILIES, examples_of, full_texts, random_model, random_texts, run
+from random_models import FAMILIES, check_shared_prefix, examples_of, full_texts, random_model, random_texts, run
 from small_tokenizers import tokenizer_of
 from transformers import LlamaForCausalLM, LlamaTokenizer, T5ForConditionalGeneration, T5Tokenizer
 
 from eval.decode import Prediction, plan_batches
 from eval.generation import TextFollower, generate_greedily
+from eval.prompt_state import common_prefix
 from eval.scoring import exact_match, normalise
 
 
@@ -76,6 +77,21 @@ def test_predictions_depend_neither_on_batches_nor_on_the_order_of_rows(family: 
             assert (mine.text, mine.stopped, mine.tokens) == (its.text, its.stopped, its.tokens)
             assert mine.option == its.option
             assert mine.option_scores == pytest.approx(its.option_scores, abs=1e-4)
+
+
+def test_what_prompts_share_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_shared_prefix(random_model("llama2"), monkeypatch, precision=1e-4)
+
+
+prompts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple), min_size=1, max_size=6)
+
+
+@given(prompts)
+def test_the_common_prefix_is_the_longest_that_leaves_each_prompt_a_token(found: list[tuple[int, ...]]) -> None:
+    prefix = common_prefix(found)
+    assert all(prompt[: len(prefix)] == prefix and len(prompt) > len(prefix) for prompt in found)
+    longer = len(prefix) + 1
+    assert len({prompt[:longer] for prompt in found}) > 1 or min(map(len, found)) == longer
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_models import FAMILIES, examples_of, option_ids, random_model, random_texts, run
+from random_models import FAMILIES, check_shared_prefix, examples_of, option_ids, random_model, random_texts, run
 from small_tokenizers import tokenizer_of
 
 from data_prep.batches import Example
@@ -21,8 +21,12 @@ LABELS = ["Moss", "Moss or fern", "Moss or oak", "oats", "The old oak by the nor
 NEW_TOKENS = 12
 
 
+KINDS = (PromptKind(5), prefix_kind(4))
+DECODER_ONLY = [("llama2", kind) for kind in KINDS]
+
+
 @pytest.fixture(
-    params=[(family, kind) for family in FAMILIES for kind in (PromptKind(5), prefix_kind(4))],
+    params=[(family, kind) for family in FAMILIES for kind in KINDS],
     ids=lambda case: f"{case[0]}-{case[1].name}",
 )
 def case(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
@@ -65,6 +69,13 @@ def naive_score(model: Any, family: str, example: Example, option: tuple[int, ..
         logits = next_logits(model, family, example.input_ids, list(option[:at]))
         total += float(torch.log_softmax(logits, dim=-1)[token])
     return total
+
+
+@pytest.mark.parametrize("case", DECODER_ONLY, ids=lambda case: case[1].name, indirect=True)
+def test_what_prompts_share_is_read_once_after_the_virtual_tokens(
+    case: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_shared_prefix(case[1], monkeypatch, precision=1e-9)
 
 
 @torch.no_grad()
