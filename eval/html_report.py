@@ -53,6 +53,7 @@ def format_html(run_dir: Path, results: Results) -> str:
         drift=_drift(events, results),
         sensitivity=_sensitivity(events, order),
         timing=_timing(results["timing"]),
+        memory=[(task, peak / 2**20) for task, peak in events.peak_bytes.items()],
         published=figures_for(_model(results)["path"], order),
         sources=source_legend(),
         unlike=other_row_counts(results["rows"], order),

@@ -18,6 +18,7 @@ class RunEvents:
     loss: dict[str, Curve] = field(default_factory=dict)  # task -> (step of the stream, loss per label token)
     spaces: dict[str, dict[int, tuple[int, int]]] = field(default_factory=dict)  # space -> task -> (rank, width)
     drift: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # (after task t, of task i) -> shares
+    peak_bytes: dict[str, int] = field(default_factory=dict)  # task -> most memory of a rank, while it was trained
     sensitivity: dict[int, dict[str, tuple[float, float]]] = field(default_factory=dict)  # task -> layer -> (S, Fisher)
 
     def occupied(self) -> dict[int, float]:
@@ -50,6 +51,8 @@ def read_events(run_dir: Path) -> RunEvents:
                     if event["task"] != last:
                         done, last = sum(len(curve) for curve in events.loss.values()), event["task"]
                     events.loss.setdefault(event["task"], []).append((done + event["step"], event["loss"]))
+                case "task" if "peak_bytes" in event:
+                    events.peak_bytes[event["task"]] = int(event["peak_bytes"])
                 case "subspace":
                     _add(events, event)
         except (ValueError, KeyError, TypeError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -120,6 +121,15 @@ class Ranks:
             if fault_there is not None:
                 raise UserError(fault_there if rank == 0 else f"on rank {rank}: {fault_there}")
         return value
+
+    def peak_memory(self) -> int:
+        """Most bytes on any rank: of a GPU, allocated since the last call; of a CPU, of the process so far."""
+        if self.device.type == "cpu":
+            mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        else:
+            mine = get_accelerator().max_memory_allocated()
+            get_accelerator().reset_peak_memory_stats()
+        return max(self.gather(mine))
 
     def check_stop(self, stop: StopRequest) -> None:
         """Raise `Stopped` on every rank when any was told to stop."""

@@ -170,12 +170,13 @@ class Stream:
         clock.lap("save_s")
         self.facts["timing"][task.name] = clock.seconds
         self.facts |= self.origin
+        peak = self.ranks.peak_memory()
 
         def tell() -> None:
             self._write_facts()
             for record in method.records():
                 self.log.event("subspace", task_index=task.index, task=task.name, **record)
-            done = {"steps": summary.steps, "last_loss": summary.last_loss, **clock.seconds}
+            done = {"steps": summary.steps, "last_loss": summary.last_loss, "peak_bytes": peak, **clock.seconds}
             self.log.event("task", task_index=task.index, task=task.name, **done)
 
         self.ranks.on_first(tell)

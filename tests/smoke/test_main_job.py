@@ -31,6 +31,9 @@ def test_a_run_leaves_what_is_promised(reference: Path) -> None:
         assert [row["id"] for row in rows] == sorted(row["id"] for row in rows), "rows keep their order"
     kinds = {event["event"] for event in events(reference)}
     assert kinds >= {"step", "task", "evaluation", "save"}
+    peaks = [event["peak_bytes"] for event in events(reference) if event["event"] == "task"]
+    assert len(peaks) == 2
+    assert 2**27 < peaks[0] <= peaks[1] < 2**34, "of a process that holds torch and a tiny model"
     assert "Average accuracy" in (reference / "report.md").read_text()
     assert (reference / "recipe.yaml").is_file()
     assert not (reference / "pids").exists(), "a finished run has no processes"

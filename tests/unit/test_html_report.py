@@ -70,6 +70,7 @@ def run_dir(tmp_path: Path) -> Path:
         {"event": "subspace", "task_index": 2, "sensitivity_of": "decoder.block.1.q", "mean": 1.0, "fisher": 0.5},
         {"event": "subspace", "task_index": 2, "sensitivity_of": "decoder.block.0.q", "mean": 3.0, "fisher": 0.25},
     ]
+    others.append({"event": "task", "task_index": 1, "task": "soil", "peak_bytes": 3 * 2**30})
     lines = [json.dumps(event) for event in [*steps, *spaces, *others]]
     (folder / "run.json").write_text(json.dumps(run))
     (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"event": "step", "task": "riv']))  # torn by a kill
@@ -142,6 +143,7 @@ def test_the_page_says_what_the_results_say(run_dir: Path) -> None:
     ):
         assert words in text
     assert "encoder.block.0.q.U" in text
+    assert "soil3,072" in text, "MiB"
     assert "87.5" in text, "what the old task's spaces still hold"
     assert "train90.090.0" in text, "90 of 100 seconds"
 
