@@ -164,13 +164,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="OUT")
     options = parser.parse_args()
     found: list[OldTask] = []
+    print(table([]), flush=True)
     try:
         for folder in options.runs:
-            found += Run(folder).old_tasks(options.rows)
+            found += (of_run := Run(folder).old_tasks(options.rows))
+            print("\n".join(table(of_run).splitlines()[1:]), flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(table(found))
     if options.json:
         options.json.write_text(json.dumps([asdict(old) for old in found], indent=1) + "\n", encoding="utf-8")
     return 0

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from data_prep.errors import UserError
 from data_prep.files import write_atomic, write_json
 from data_prep.tasks import Row
 from eval.decode import Prediction, predict
-from eval.run_files import UNTRAINED, cell_path, predictions_path
+from eval.run_files import UNTRAINED, cell_path, predictions_path, read_object, stage_names
 from eval.scoring import exact_match
 from pipeline.engine import Ranks
 from pipeline.runlog import RunLog
@@ -49,8 +50,37 @@ class CellBook:
 
         return self._ranks.on_first(look)
 
-    def score(self, model: nn.Module, after: str, stage: str, task: StreamTask) -> None:
-        """Score `task` and write its predictions and cell. Collective."""
+    def take_over(self, after: str, stage: str, task: StreamTask, learnt: str) -> bool:
+        """Copy the score of an earlier stage whose model is the same in all (`stages.learnt_key`). Collective."""
+        return self._ranks.on_first(lambda: self._take_over(after, stage, task, learnt))
+
+    def _take_over(self, after: str, stage: str, task: StreamTask, learnt: str) -> bool:
+        wanted = self._same_model(learnt, task)
+        for earlier in stage_names([found.name for found in self._workload.tasks]):
+            path = cell_path(self._run_dir, earlier, task.name)
+            predictions = predictions_path(self._run_dir, earlier, task.name)
+            if earlier == after or not (path.is_file() and predictions.is_file()):
+                continue
+            try:
+                cell = read_object(path)
+            except UserError:  # whatever it said, it is no help here
+                continue
+            if cell.get("model") != wanted:
+                continue
+            write_atomic(predictions_path(self._run_dir, after, task.name), predictions.read_text(encoding="utf-8"))
+            cell |= {"key": self.key(stage, task), "after": after, "seconds": 0.0}
+            write_json(cell_path(self._run_dir, after, task.name), cell)
+            self._log.event("evaluation", task_index=_index_of(after), **cell)
+            self._log.say(f"{_told(cell)}: the same model as after {earlier}, not scored again")
+            return True
+        return False
+
+    def _same_model(self, learnt: str, task: StreamTask) -> str:
+        """The address of a score by what the model is, not by when it was."""
+        return self.key(stage_key(None, {"backbone": self._workload.model_fingerprint, "learnt": learnt}), task)
+
+    def score(self, model: nn.Module, after: str, stage: str, task: StreamTask, learnt: str) -> None:
+        """Score `task` and write its predictions and cell; `learnt`: what stands in the model. Collective."""
         recipe = self._workload.recipe
         start = time.monotonic()
         mine = task.evaluation[self._ranks.rank :: self._ranks.world]
@@ -71,9 +101,12 @@ class CellBook:
             )
         self._ranks.check_stop(self._stop)
         shares = self._ranks.gather(predictions)
-        self._ranks.on_first(lambda: self._write(after, stage, task, _interleaved(shares), time.monotonic() - start))
+        seconds, same = time.monotonic() - start, self._same_model(learnt, task)
+        self._ranks.on_first(lambda: self._write(after, stage, same, task, _interleaved(shares), seconds))
 
-    def _write(self, after: str, stage: str, task: StreamTask, predictions: list[Prediction], seconds: float) -> None:
+    def _write(
+        self, after: str, stage: str, same: str, task: StreamTask, predictions: list[Prediction], seconds: float
+    ) -> None:
         rows = task.data.evaluation
         lines = [
             _line(row, prediction, task.data.task.labels) for row, prediction in zip(rows, predictions, strict=True)
@@ -84,6 +117,7 @@ class CellBook:
         )
         cell = {
             "key": self.key(stage, task),
+            "model": same,
             "after": after,
             "task": task.name,
             "rows": len(rows),

@@ -15,14 +15,16 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from data_prep.files import TEMPORARY, sync_folder, write_synced, writing
+from pipeline.adapters.lora import Factors
 from pipeline.stage_files import (
     MANIFEST,
     DamagedStageError,
@@ -75,6 +77,25 @@ def stage_key(previous_key: str | None, influences: Mapping[str, object]) -> str
     """SHA-256 that addresses a stage: over the key of the stage before and all that influenced training."""
     check_keys(influences)
     return hashlib.sha256(canonical_json([previous_key, influences])).hexdigest()
+
+
+def learnt_key(
+    updates: Mapping[str, Sequence[Factors]], matrices: Mapping[str, Tensor], others: Mapping[str, Tensor]
+) -> str:
+    """SHA-256 over all that stands in a model beside its checkpoint: equal keys are equal models."""
+    found = hashlib.sha256()
+
+    def add(name: str, tensor: Tensor) -> None:
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+    for layer in sorted(updates):
+        for index, part in enumerate(updates[layer]):
+            add(f"{layer}.{index}.A {part.scale}", part.A)
+            add(f"{layer}.{index}.B", part.B)
+    for name, tensor in sorted({**{f"W {layer}": W for layer, W in matrices.items()}, **others}.items()):
+        add(name, tensor)
+    return found.hexdigest()
 
 
 class StageStore:

@@ -23,7 +23,7 @@ from pipeline.models import LabelLoss, prepare_for_training
 from pipeline.projection.features import FeaturesNotFinite
 from pipeline.run_folder import RunFolder
 from pipeline.runlog import RunLog
-from pipeline.stages import Stage, StageStore, stage_key
+from pipeline.stages import Stage, StageStore, learnt_key, stage_key
 from pipeline.stopping import StopRequest
 from pipeline.weights import Weights
 from pipeline.workload import StreamTask, Workload
@@ -277,16 +277,28 @@ class Stream:
             return
         trained = after != UNTRAINED
         model = self._merged() if trained else self.weights.model({})
+        learnt = self._learnt(trained)
         with self.method.equipped(model) if trained else nullcontext():
             for task in missing:
                 self.ranks.check_stop(self.stop)
                 self.method.begin_evaluation(task.name, task.index or None)
                 if trained and self.method.weights_by_task:
                     self._merged()  # in place
-                self.cells.score(model, after, key, task)
+                    learnt = self._learnt(trained)
+                if again or not self.cells.take_over(after, key, task, learnt):
+                    self.cells.score(model, after, key, task, learnt)
         timing = self.facts["timing"].setdefault(UNTRAINED if after == UNTRAINED else after.split("-", 1)[1], {})
         timing["evaluate_s"] = round(timing.get("evaluate_s", 0.0) + time.monotonic() - start, 3)
         self.ranks.on_first(self._write_facts)
+
+    def _learnt(self, trained: bool) -> str:
+        """The address of what stands in the model beside its checkpoint, now."""
+        method = self.method
+        return (
+            learnt_key(method.active(), method.matrices(), method.beside_weights())
+            if trained
+            else learnt_key({}, {}, {})
+        )
 
     def _merged(self) -> nn.Module:
         """The one clean copy of the backbone, with what has been learnt in its weights."""

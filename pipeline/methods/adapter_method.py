@@ -98,6 +98,10 @@ class AdapterMethod(Method[Settings]):
                     by_layer.setdefault(name, []).append(factors)
         return by_layer
 
+    def beside_weights(self) -> Mapping[str, Tensor]:
+        """The adapter, where it is no LoRA."""
+        return {} if isinstance(self.kind, LoraKind) or not self._past else self._past[-1]
+
     @contextmanager
     def equipped(self, model: nn.Module) -> Iterator[None]:
         """Inside, `model` carries the adapter that its weights cannot hold."""

@@ -157,6 +157,10 @@ class Method(Generic[Settings]):
         """Weights that stand in the place of the checkpoint's, float32 on the CPU, by layer."""
         return {}
 
+    def beside_weights(self) -> Mapping[str, Tensor]:
+        """What has been learnt and weights cannot hold, by name: what `equipped` puts into the model."""
+        return {}
+
     def equipped(self, model: nn.Module) -> AbstractContextManager[None]:
         """Inside, `model` (with `active` merged) carries what has been learnt and weights cannot hold."""
         return nullcontext()

@@ -128,6 +128,13 @@ def test_one_model_a_task_and_one_of_all_are_references(reference: Path, tmp_pat
         cell = json.loads((alone / "cells" / "02-letters" / "letters.json").read_text())
         assert second == pytest.approx(100 * cell[f"{score}_correct"] / cell["rows"])
 
+    assert done.stderr.count("the same model as after") == 2, "one task before its model, one after another's"
+    before = results(alone)
+    done = run([sys.executable, "-m", "eval", "--rescore", str(alone)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "the same model" not in done.stderr
+    assert results(alone) == before
+
     joint = tmp_path / "joint"
     done = run(train("recipes/tiny_t5_order1.yaml", *small(f"output.dir={joint}", "method=mtl", *enough)), timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from pipeline.stages import StageStore, stage_key
+from pipeline.adapters.lora import Factors
+from pipeline.stages import StageStore, learnt_key, stage_key
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = stage_key(None, {"seed": 1})
@@ -477,3 +479,31 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     )
     check_messages(messages)
     assert len(messages) == 8
+
+
+def factors(seed: int, scale: float = 2.0) -> Factors:
+    draw = torch.Generator().manual_seed(seed)
+    return Factors(torch.randn(2, 3, generator=draw), torch.randn(4, 2, generator=draw), scale)
+
+
+def test_equal_models_have_equal_keys_and_others_do_not() -> None:
+    def key(updates: Any = None, matrices: Any = None, others: Any = None) -> str:
+        return learnt_key(updates or {}, matrices or {}, others or {})
+
+    two = {"a": [factors(1), factors(2)], "b": [factors(3)]}
+    same = key({"b": [factors(3)], "a": [factors(1), factors(2)]})
+    assert key(two) == same, "whatever their order and place in memory"
+    W = torch.ones(2, 2)
+    different = [
+        key(),
+        same,
+        key({"a": [factors(2), factors(1)], "b": [factors(3)]}),
+        key({"a": [factors(1)], "b": [factors(2), factors(3)]}),
+        key({"a": [factors(1), factors(2, scale=1.0)], "b": [factors(3)]}),
+        key(matrices={"a": W}),
+        key(others={"a": W}),
+        key(matrices={"a": W.half()}),
+        key(matrices={"a": W.reshape(4, 1)}),
+        key(matrices={"a": torch.tensor([[1.0, 1.0], [1.0, 1.0 + 2**-23]])}),
+    ]
+    assert len(set(different)) == len(different)
