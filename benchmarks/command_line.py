@@ -20,12 +20,13 @@ def run(
 ) -> int:
     """Let `measure` fill a report as the command line asks, on one thread; returns the exit code.
 
-    It is given `what`, one of `parts` or "all"; `models`; `pairs`.
+    It is given `what`, one of `parts` or "all"; `models`; `pairs`; `only`.
     """
     parser = argparse.ArgumentParser(prog=f"python benchmarks/{Path(file).name}", description=about)
     parser.add_argument("what", nargs="?", default="all", choices=(*parts, "all"))
     parser.add_argument("--model", choices=MODELS, help="both by default")
     parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--only", default="", metavar="TEXT", help="of single layers, those whose name holds TEXT")
     parser.add_argument("--json", type=Path, metavar="OUT")
     options = parser.parse_args()
     arguments = {key: value for key, value in vars(options).items() if key != "json"}

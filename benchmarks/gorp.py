@@ -199,7 +199,7 @@ def measure(report: Report, options: argparse.Namespace) -> None:
             part(report, streams, options.pairs)
     costs(report, options.what)
     if options.what in ("layers", "all"):
-        gorp_layers.layers(report, options.pairs)
+        gorp_layers.layers(report, options.pairs, options.only)
     if options.what in ("naive", "all"):
         gorp_layers.naive(report)
 

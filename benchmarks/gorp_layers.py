@@ -142,15 +142,15 @@ def branch(base: nn.Linear, protected: int) -> LoraLinear:
     return LoraLinear(base, A, B, SCALE, 0.0)
 
 
-def layers(report: Report, pairs: int) -> None:
-    """Projected LoRA by the step, cores by the window of ten, each against plain LoRA."""
-    for name, d_in, d_out, tokens, share in BRANCHES:
+def layers(report: Report, pairs: int, only: str) -> None:
+    """Projected LoRA by the step, cores by the window of ten, each against plain LoRA; `only`: part of a name."""
+    for name, d_in, d_out, tokens, share in (layer for layer in BRANCHES if only in layer[0]):
         for task, protected in TASKS.items():
             title = f"{name} {d_in} to {d_out}, {tokens} tokens, task {task}: LoRA"
             steps = partial(_branch_steps, d_in, d_out, tokens, protected)
             found = compare_built(title, steps, pairs=max(int(share * pairs), 4), builds=4, goal=1.10)
             report.add(found)
-    for name, d_in, d_out, tokens, share in CORES:
+    for name, d_in, d_out, tokens, share in (layer for layer in CORES if only in layer[0]):
         for task, protected in TASKS.items():
             windows = partial(_core_windows, d_in, d_out, tokens, protected)
             title = f"{name} {d_in} to {d_out}, {tokens} tokens, task {task}: core, 10 steps"

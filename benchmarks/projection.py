@@ -86,9 +86,9 @@ def step(report: Report, model: str, pairs: int) -> None:
     measure_steps("pegp at task 15 / at task 2", "agnews", 16, late, early, 1.02)
 
 
-def layers(report: Report, pairs: int) -> None:
+def layers(report: Report, pairs: int, only: str) -> None:
     """Single layers of real widths: forward and backward, projected against plain."""
-    for name, d_in, d_out in LAYERS:
+    for name, d_in, d_out in (layer for layer in LAYERS if only in layer[0]):
         base = nn.Linear(d_in, d_out, bias=False).requires_grad_(False)
         draw = torch.Generator().manual_seed(0)
         start = torch.randn(RANK, d_in, generator=draw) / d_in**0.5
@@ -195,7 +195,7 @@ def chosen(report: Report, options: argparse.Namespace) -> None:
             for model in options.models:
                 part(report, model, options.pairs)
     if options.what in ("layers", "all"):
-        layers(report, options.pairs)
+        layers(report, options.pairs, options.only)
 
 
 if __name__ == "__main__":
