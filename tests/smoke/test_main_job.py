@@ -116,7 +116,7 @@ def test_scores_are_rebuilt_from_predictions_and_from_the_models(reference: Path
 
 def test_one_model_a_task_and_one_of_all_are_references(reference: Path, tmp_path: Path) -> None:
     alone, folder = tmp_path / "alone", tmp_path / "run"
-    enough = ("training.epochs=12", "training.learning_rate=3.0e-3")  # to learn what the untrained model cannot do
+    enough = ("training.epochs=8", "training.learning_rate=3.0e-3")  # to learn what the untrained model cannot do
     overrides = small(f"output.dir={alone}", "method=pertask", "evaluation.cells=full", *enough)
     done = run(train("recipes/tiny_t5_order1.yaml", *overrides), timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -142,7 +142,7 @@ def test_one_model_a_task_and_one_of_all_are_references(reference: Path, tmp_pat
     (none, nothing), (first, second) = results(joint)["matrix"]["label_scoring"]
     assert none is nothing is None
     assert min(first, second) > 25, "both tasks are learnt: four labels each"
-    assert sum(event["event"] == "step" for event in events(joint)) == 12 * 2 * 36 // 8, (
+    assert sum(event["event"] == "step" for event in events(joint)) == 8 * 2 * 36 // 8, (
         "no rows are left out, or twice"
     )
     assert "Not finished" not in (joint / "report.md").read_text()
