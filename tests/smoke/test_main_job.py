@@ -142,9 +142,7 @@ def test_one_model_a_task_and_one_of_all_are_references(reference: Path, tmp_pat
     (none, nothing), (first, second) = results(joint)["matrix"]["label_scoring"]
     assert none is nothing is None
     assert min(first, second) > 25, "both tasks are learnt: four labels each"
-    assert sum(event["event"] == "step" for event in events(joint)) == 8 * 2 * 36 // 8, (
-        "no rows are left out, or twice"
-    )
+    assert sum(event["event"] == "step" for event in events(joint)) == 8 * 2 * 36 // 8, "no rows are left out, or twice"
     assert "Not finished" not in (joint / "report.md").read_text()
 
     # The finished run of another method, told of its references afterwards: nothing is trained, the scores are added.
