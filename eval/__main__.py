@@ -78,10 +78,10 @@ def _compare(runs: Sequence[ComparedRun], against: str | None, out: Path | None)
     if against is None and "inclora" in labels:
         against = "inclora"
     content = compare(runs, against=against)
-    print(to_markdown(content))
+    print(report := to_markdown(content))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / "comparison.md", to_markdown(content))
+        write_atomic(out / "comparison.md", report)
         write_atomic(out / "comparison.csv", to_csv(content))
         write_atomic(out / "comparison.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         write_atomic(out / "comparison.html", format_comparison(content))

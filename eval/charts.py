@@ -32,16 +32,15 @@ def line_chart(
     x_title: str,
     y_title: str,
     x_names: Sequence[str] | None = None,
-    y_from_zero: bool = True,
     markers: bool = True,
 ) -> Markup:
-    """A chart with its legend; `x_names` stand at x = 1, 2, ...; nothing where there is no point."""
+    """A chart with its legend, from zero; `x_names` stand at x = 1, 2, ...; nothing where there is no point."""
     points = [(x, y) for line in series for x, y in line.points if y is not None]
     if not points:
         return Markup("")
     xs, ys = [x for x, _ in points], [y for _, y in points]
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
-    ticks = nice_ticks(0.0 if y_from_zero else min(ys), max(ys))
+    ticks = nice_ticks(0.0, max(ys))
     y_low, y_high = ticks[0], ticks[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:

@@ -145,7 +145,7 @@ def _settings(folder: Path) -> dict[str, str]:
     return {
         key: json.dumps(value).strip('"')
         for key, value in flat.items()
-        if key.startswith(tuple(f"{group}." for group in _NAMING) + _NAMING) and not key.startswith(_NEVER)
+        if key.startswith(_NAMING) and not key.startswith(_NEVER)
     }
 
 

@@ -37,15 +37,7 @@ def plan_task(
     lengths = [len(example.input_ids) + len(example.label_ids) for example in examples]
     steps: list[Step] = []
     for epoch in range(training.epochs):
-        steps += plan_steps(
-            lengths,
-            global_batch_size=training.global_batch_size,
-            micro_batch_size=training.micro_batch_size,
-            order=batching.order,
-            seed=seed,
-            task_index=task_index,
-            epoch=epoch,
-        )
+        steps += _plan_epoch(lengths, training, batching, seed=seed, task_index=task_index, epoch=epoch)
         if training.max_steps is not None and len(steps) >= training.max_steps:
             return steps[: training.max_steps]
     return steps
@@ -73,17 +65,24 @@ def plan_joint(
             if epoch < epochs
             for row in range(len(rows))
         ]
-        planned = plan_steps(
-            [lengths[position] for position in dealt],
-            global_batch_size=training.global_batch_size,
-            micro_batch_size=training.micro_batch_size,
-            order=batching.order,
-            seed=seed,
-            task_index=task_index,
-            epoch=epoch,
-        )
+        of_epoch = [lengths[position] for position in dealt]
+        planned = _plan_epoch(of_epoch, training, batching, seed=seed, task_index=task_index, epoch=epoch)
         steps += [[[row if row == PADDING_ROW else dealt[row] for row in part] for part in step] for step in planned]
     return steps
+
+
+def _plan_epoch(
+    lengths: Sequence[int], training: Training, batching: Batching, *, seed: int, task_index: int, epoch: int
+) -> list[Step]:
+    return plan_steps(
+        lengths,
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        order=batching.order,
+        seed=seed,
+        task_index=task_index,
+        epoch=epoch,
+    )
 
 
 def learning_rate(training: Training, step: int, steps: int) -> float:
