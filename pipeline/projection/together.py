@@ -31,6 +31,11 @@ class _Group:
         padded = [nn.functional.pad(C, (0, widest - C.shape[-1])) if C.shape[-1] < widest else C for C in trained]
         return torch.baddbmm(self.starts, torch.stack(padded), self.matrices.mT)
 
+    def share(self) -> None:
+        """Let the members' own tensors be parts of the stacked ones, so that a device holds each number once."""
+        for (_, projector), start, matrix in zip(self.members, self.starts, self.matrices, strict=True):
+            projector.start, projector.matrix = start, matrix[:, : projector.matrix.shape[1]]
+
 
 class Together:
     """The projectors of a model, grouped by form and shape."""
@@ -87,7 +92,9 @@ def _groups(model: nn.Module) -> list[_Group]:
         widest = max(basis.shape[1] for basis in bases)
         if len(members) > 1 and len(members) * bases[0].shape[0] * widest <= MOST_NUMBERS:
             stacked = torch.stack([nn.functional.pad(basis, (0, widest - basis.shape[1])) for basis in bases])
-            found.append(_Group(members, torch.stack([projector.start for _, projector in members]), stacked))
+            group = _Group(members, torch.stack([projector.start for _, projector in members]), stacked)
+            group.share()
+            found.append(group)
     return found
 
 

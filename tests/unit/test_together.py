@@ -71,6 +71,19 @@ def test_both_forms_and_both_sides_are_there() -> None:
     assert any(isinstance(module, FromLeft) for module in Layers().modules())
 
 
+def test_a_device_holds_each_number_once() -> None:
+    model = Layers()
+    own = [(projector.start.clone(), projector.matrix.clone()) for projector in model.projectors()]
+    group = Together(model)
+    with group.ready():
+        stacks = [stack for one in group._groups or () for stack in (one.starts, one.matrices)]
+    pieces = [{tensor.untyped_storage().data_ptr() for tensor in tensors} for tensors in (stacks, model.buffers())]
+    assert pieces[0] == pieces[1]
+    for projector, (start, matrix) in zip(model.projectors(), own, strict=True):
+        assert torch.equal(projector.start, start)
+        assert torch.equal(projector.matrix, matrix)
+
+
 def test_after_the_forward_each_stands_for_itself_again() -> None:
     model = Layers()
     with pytest.raises(RuntimeError, match="in the forward"), Together(model).ready():
