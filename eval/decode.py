@@ -63,7 +63,7 @@ def predict(
     follower, ends = TextFollower(tokenizer, labels), end_ids(model, tokenizer)
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id) if i is not None), 0)
     found: dict[int, Prediction] = {}
-    with torch.inference_mode(), _evaluating(model):
+    with torch.inference_mode(), evaluating(model):
         read = _reader(model, [example.input_ids for example in examples], family)
         for batch in plan_batches([len(e.input_ids) for e in examples], batch_size, max_new_tokens):
             state: PromptState = read(model, [examples[i].input_ids for i in batch], pad_id)
@@ -110,7 +110,7 @@ def plan_batches(lengths: Sequence[int], batch_size: int, max_new_tokens: int) -
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode inside; every module's own mode again after."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

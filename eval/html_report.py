@@ -18,7 +18,7 @@ from eval.confusion import confusions
 from eval.published import figures_for, order_name, other_row_counts, source_legend
 from eval.results import SCORES
 from eval.run_events import RunEvents, read_events, thinned
-from eval.summary import number, score_title
+from eval.summary import PERPLEXITY, number, score_title
 
 Results = Mapping[str, Any]
 HEADLINE = ("average_accuracy", "backward_transfer", "learning_accuracy")
@@ -48,6 +48,7 @@ def format_html(run_dir: Path, results: Results) -> str:
             for task, found in results["unseen"].items()
             for score in SCORES
         ],
+        perplexity_note=PERPLEXITY,
         occupied=_occupied(events, order),
         spaces=_spaces(events, len(order)),
         drift=_drift(events, results),

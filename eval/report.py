@@ -10,7 +10,7 @@ from eval.accuracy import DEFINITIONS
 from eval.html_report import format_html
 from eval.published import figures_for, order_name, other_row_counts, source_legend
 from eval.results import SCORES, build_results
-from eval.summary import number, score_title
+from eval.summary import PERPLEXITY, number, score_title
 from eval.tables import markdown_table
 
 Results = Mapping[str, Any]
@@ -55,6 +55,7 @@ def format_report(results: Results) -> str:
         "## How to read the numbers",
         READING + ("\n" + TASK_NAME_NOTE if results["settings"].get("add_dataset_name") else ""),
         *_unseen_section(results),
+        *_retention_section(results),
         "## Rows",
         _rowsmarkdown_table(results),
         *_dropped_lines(results),
@@ -173,6 +174,18 @@ def _unseen_section(results: Results) -> list[str]:
     ]
     header = ["task", "score", "untrained", *(f"after {task}" for task in results["order"])]
     return ["## Tasks never trained", markdown_table(header, rows)]
+
+
+def _retention_section(results: Results) -> list[str]:
+    """What is left of the backbone's general ability; nothing where nothing is asked."""
+    if not results["retention"]:
+        return []
+    rows = [
+        [measure, *(number(value) for value in [values["untrained"], *values["after"]])]
+        for measure, values in results["retention"].items()
+    ]
+    header = ["", "untrained", *(f"after {task}" for task in results["order"])]
+    return ["## Retention of general ability", markdown_table(header, rows), PERPLEXITY]
 
 
 def _rowsmarkdown_table(results: Results) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from eval.accuracy import AccuracyMatrix
 from eval.intervals import wilson
 from eval.references import reference_averages, single_task_scores
-from eval.run_files import UNTRAINED, Cell, read_cells, read_run, stage_names
+from eval.run_files import UNTRAINED, Cell, read_cells, read_retention, read_run, stage_names
 
 SCORES = ("exact_match", "label_scoring")  # the headline first
 
@@ -37,6 +37,10 @@ def build_results(run_dir: Path) -> dict[str, Any]:
         "label_scoring": matrices["label_scoring"].scalars(counts, _alone(run, "label_scoring")),
         "without_unmatchable": _without_unmatchable(cells, order, counts),
         "unseen": {task: _unseen(cells, order, task) for task in run.get("unseen") or []},
+        "retention": {
+            measure: {"untrained": values[0], "after": values[1:]}
+            for measure, values in read_retention(run_dir, run).items()
+        },
         "references": [
             {key: found[key] for key in ("run", "method", "seed")}
             | {"average_accuracy": reference_averages(found, order)}

@@ -37,6 +37,24 @@ def predictions_path(run_dir: Path, after: str, task: str) -> Path:
     return run_dir / "predictions" / after / f"{task}.jsonl"
 
 
+def retention_path(run_dir: Path, after: str, name: str) -> Path:
+    """Where the scores of `name`, something outside the stream, after the stage `after` lie."""
+    return run_dir / "retention" / after / f"{name}.json"
+
+
+def read_retention(run_dir: Path, run: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    """Each measure of `evaluation.retention`: untrained, then after each task [T + 1]; None where not measured."""
+    stages = stage_names(run["order"])
+    found: dict[str, list[float | None]] = {}
+    for name in run.get("retention") or {}:
+        for place, after in enumerate(stages):
+            path = retention_path(run_dir, after, name)
+            scores = read_object(path).get("scores") if path.is_file() else {}
+            for measure, value in scores.items() if isinstance(scores, dict) else ():
+                found.setdefault(measure, [None] * len(stages))[place] = value
+    return found
+
+
 def read_run(run_dir: Path) -> dict[str, Any]:
     """The content of `run.json`; a UserError where `run_dir` is not the folder of a run."""
     if not run_dir.is_dir():

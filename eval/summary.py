@@ -7,6 +7,11 @@ from eval.results import SCORES
 
 NOT_MEASURED = "-"
 
+PERPLEXITY = """\
+Texts outside the stream. Perplexity: exp of the mean of -log p over their tokens, lower is better. A decoder-only model
+predicts each token of a piece after those before it; T5 the last 3 of each 20 tokens, hidden behind sentinels as in its
+pretraining. Other measures are lm-evaluation-harness's, as it defines them."""
+
 
 def format_summary(results: Mapping[str, Any]) -> str:
     """The matrices, AA and BWT of `results`, the content of results.json; without a final newline."""

@@ -428,6 +428,7 @@ class Evaluation(Group):
     batch_size: Positive = 32
     max_new_tokens: Positive = 50  # the benchmark's target length
     unseen: list[str] = []  # tasks outside the order, scored after each of its tasks and in no average
+    retention: list[str] = []  # texts (.txt, .jsonl) or tasks of lm-evaluation-harness (names, .yaml), in no average
     references: list[str] = []  # folders of finished runs of methods pertask and mtl
 
 

@@ -13,6 +13,7 @@ from pipeline.recipe_groups import SYNTHETIC
 from pipeline.recipe_source import ROOT
 
 PATH_VARIABLES = ("CL_BENCHMARK_DIR", "CL_BENCHMARK_MINI_DIR", "CL_MODEL_DIR")
+RETENTION_FILES = (".txt", ".jsonl", ".yaml", ".yml")  # anything else is the name of a task
 _VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
 
 
@@ -45,6 +46,9 @@ def _paths_in(raw: dict[str, Any]) -> list[tuple[Any, Any, str]]:
     evaluation = _group(raw, "evaluation")
     if isinstance(references := evaluation.get("references"), list):
         places += [(references, index, "evaluation.references") for index in range(len(references))]
+    if isinstance(retention := evaluation.get("retention"), list):
+        files = [i for i, entry in enumerate(retention) if isinstance(entry, str) and entry.endswith(RETENTION_FILES)]
+        places += [(retention, index, "evaluation.retention") for index in files]
     there = [place for place in places if isinstance(place[0], list) or place[1] in place[0]]
     return [place for place in there if isinstance(place[0][place[1]], str) and place[0][place[1]]]
 

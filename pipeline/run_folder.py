@@ -149,6 +149,7 @@ def run_facts(workload: Workload) -> dict[str, Any]:
         "order": list(recipe.task_names),
         "order_name": recipe.order.name,
         "unseen": [task.name for task in workload.unseen],
+        "retention": {},
         "references": [],
         "method": recipe.method.name,
         "model": {

@@ -13,6 +13,7 @@ from eval.summary import format_summary
 from pipeline.deepspeed_config import deepspeed_config
 from pipeline.engine import Ranks
 from pipeline.recipe import Output, Recipe
+from pipeline.retention import RetentionBook
 from pipeline.run_folder import RunFolder, run_facts, this_process
 from pipeline.runlog import RunLog
 from pipeline.stopping import STOPPED_EXIT_CODE, Stopped, StopRequest
@@ -62,6 +63,8 @@ def _open(recipe: Recipe, ranks: Ranks, stop: StopRequest, *, share: bool = Fals
     ranks.check_stop(stop)
     folder = RunFolder(recipe.run_dir)
     facts = run_facts(workload)
+    retention = RetentionBook(workload, ranks)
+    facts["retention"] = retention.facts()
     facts["references"] = ranks.on_first(lambda: read_references(recipe.evaluation.references, facts))
     log = RunLog(None, console=False)
 
@@ -75,4 +78,4 @@ def _open(recipe: Recipe, ranks: Ranks, stop: StopRequest, *, share: bool = Fals
     ranks.on_first(take)
     processes = ranks.gather(this_process())
     ranks.on_first(lambda: folder.write_pids(processes))
-    return Stream(workload, ranks, folder, log, stop, facts, share=share)
+    return Stream(workload, ranks, folder, log, stop, facts, retention, share=share)

@@ -21,6 +21,7 @@ from pipeline.loop import TaskSummary, train_task
 from pipeline.methods import METHODS, Method
 from pipeline.models import LabelLoss, prepare_for_training
 from pipeline.projection.features import FeaturesNotFinite
+from pipeline.retention import RetentionBook
 from pipeline.run_folder import RunFolder
 from pipeline.runlog import RunLog
 from pipeline.stages import Stage, StageStore, learnt_key, stage_key
@@ -42,6 +43,7 @@ class Stream:
         log: RunLog,
         stop: StopRequest,
         facts: dict[str, Any],
+        retention: RetentionBook,
         *,
         share: bool,
     ) -> None:
@@ -49,6 +51,7 @@ class Stream:
         self.recipe, self.workload, self.ranks, self.folder = recipe, workload, ranks, folder
         self.log, self.stop, self.share = log, stop, share
         self.stages = StageStore(folder.path / "stages")
+        self.retention = retention
         self.cells = CellBook(folder.path, workload, ranks, log, stop)
         self.weights = Weights(workload, ranks.device)
         self.method: Method[Any] = METHODS[recipe.method.name](
@@ -270,10 +273,11 @@ class Stream:
         self.log.event("save", task_index=task.index, task=task.name, stage=stage.path.name)
 
     def _score(self, after: str, key: str, tasks: Sequence[StreamTask], *, again: bool = False) -> None:
-        """Score the tasks whose cells are missing (or all, `again`)."""
+        """Score the tasks whose cells are missing (or all, `again`), and what is to be retained."""
         start = time.monotonic()
         missing = [task for task in tasks if again or not self.cells.exists(after, key, task)]
-        if not missing:
+        retained = self.retention.missing(after, key, again=again)
+        if not missing and not retained:
             return
         trained = after != UNTRAINED
         model = self._merged() if trained else self.weights.model({})
@@ -287,9 +291,20 @@ class Stream:
                     learnt = self._learnt(trained)
                 if again or not self.cells.take_over(after, key, task, learnt):
                     self.cells.score(model, after, key, task, learnt)
+            if retained:
+                self._score_retained(model, after, key, retained)
         timing = self.facts["timing"].setdefault(UNTRAINED if after == UNTRAINED else after.split("-", 1)[1], {})
         timing["evaluate_s"] = round(timing.get("evaluate_s", 0.0) + time.monotonic() - start, 3)
         self.ranks.on_first(self._write_facts)
+
+    def _score_retained(self, model: nn.Module, after: str, key: str, names: Sequence[str]) -> None:
+        """In the newest task's model, where each has its own."""
+        if after != UNTRAINED:
+            newest = self.workload.tasks[self.names.index(after) - 1]
+            self.method.begin_evaluation(newest.name, newest.index)
+            if self.method.weights_by_task:
+                self._merged()  # in place
+        self.retention.score(model, after, key, names, self.log, self.stop)
 
     def _learnt(self, trained: bool) -> str:
         """The address of what stands in the model beside its checkpoint, now."""

@@ -68,7 +68,9 @@ def test_two_ranks_give_the_results_of_one(reference: Path, tmp_path: Path, zero
 
 def test_llama_and_the_sequential_method_run_too(tmp_path: Path) -> None:
     overrides = small(f"output.dir={tmp_path / 'run'}", "method=seqlora", "evaluation.cells=diagonal_and_last")
-    overrides.append("evaluation.unseen=[lists]")
+    essay = tmp_path / "essay.txt"
+    essay.write_text("How does moss grow on the northern wall of the mill? " * 20, encoding="utf-8")
+    overrides += ["evaluation.unseen=[lists]", f"evaluation.retention=[{essay}]"]
     done = run(train("recipes/tiny_llama2_order1.yaml", *overrides), timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     matrix = results(tmp_path / "run")["matrix"]["exact_match"]
@@ -85,6 +87,15 @@ def test_llama_and_the_sequential_method_run_too(tmp_path: Path) -> None:
     trained = {event["task"] for event in events(tmp_path / "run") if event["event"] == "step"}
     assert trained == {"notes", "letters"}
     assert "Tasks never trained" in (tmp_path / "run" / "report.html").read_text()
+
+    kept = content["retention"]["essay: perplexity"]
+    assert kept["untrained"] > 1
+    assert len({kept["untrained"], *kept["after"]}) == 3, "each model has its own"
+    assert "Retention of general ability" in (tmp_path / "run" / "report.html").read_text()
+    (tmp_path / "run" / "retention" / "01-notes" / "essay.json").unlink()
+    done = run([sys.executable, "-m", "eval", "--fill", str(tmp_path / "run")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(tmp_path / "run") == content, "what is missing is scored again, and to the bit"
 
 
 def test_scores_are_rebuilt_from_predictions_and_from_the_models(reference: Path, tmp_path: Path) -> None:
