@@ -84,7 +84,9 @@ def _groups(model: nn.Module) -> list[_Group]:
     by_form: dict[tuple[object, ...], list[tuple[nn.Parameter, Projector]]] = {}
     for parameter, projector in _projected(model):
         if projector.start.dim() == 2 and not hasattr(parameter, "ds_id"):
-            form = type(projector), projector.start.shape, projector.start.device
+            # Of like widths, so that at most half of what is stacked is padding.
+            doublings = projector.matrix.shape[1].bit_length()
+            form = type(projector), projector.start.shape, projector.start.device, doublings
             by_form.setdefault(form, []).append((parameter, projector))
     found = []
     for members in by_form.values():

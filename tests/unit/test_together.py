@@ -15,7 +15,7 @@ from pipeline.projection.subspace import Subspace
 from pipeline.projection.together import Together
 
 WIDTH, RANK = 12, 3
-KS = [0, 1, 4, 6, 7, 11, 5]
+KS = [0, 1, 1, 4, 6, 7, 8, 5]
 
 
 class Layers(nn.Module):
@@ -82,6 +82,16 @@ def test_a_device_holds_each_number_once() -> None:
     for projector, (start, matrix) in zip(model.projectors(), own, strict=True):
         assert torch.equal(projector.start, start)
         assert torch.equal(projector.matrix, matrix)
+
+
+def test_at_most_half_of_what_is_stacked_is_padding() -> None:
+    model = Layers()
+    group = Together(model)
+    with group.ready():
+        stacked = [(one.matrices.numel(), one.members) for one in group._groups]
+    assert len(stacked) == 3, "narrow bases, wide ones, complements"
+    for size, members in stacked:
+        assert size < 2 * sum(projector.matrix.numel() for _, projector in members)
 
 
 def test_after_the_forward_each_stands_for_itself_again() -> None:
