@@ -21,7 +21,8 @@ from eval import harness
 from eval.retention import negative_log_likelihoods, perplexity
 
 LONG = " ".join(SENTENCES * 3)
-DOCUMENTS = st.lists(st.sampled_from([text for text in SENTENCES if len(text) > 20]), min_size=4, max_size=20).map(" ".join)
+SENTENCE = st.sampled_from([text for text in SENTENCES if len(text) > 20])
+DOCUMENTS = st.lists(SENTENCE, min_size=4, max_size=20).map(" ".join)
 
 
 def text_of(content: str, family: str, folder: Path, tokens: int = 48) -> Any:
