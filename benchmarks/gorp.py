@@ -69,25 +69,21 @@ def _windows(
     goal: float | None = None,
     each: int = 2,
 ) -> None:
-    """Both train on the same ten steps, by turns: one refresh in each pair; `each` pairs a build, 8 builds or more."""
+    """Both train on the same ten steps, in turns: one refresh in each pair; `each` pairs a build, 8 builds or more."""
 
     def build() -> tuple[Work, Work]:
         one, other = (streams.begin(method, task, index) for method, index in (first, second))
         batches = streams.batches(one, task, micro_batch)
 
         def on(training: PlainTraining) -> Work:
-            def window(index: int) -> None:
-                for number in range(index * WINDOW, (index + 1) * WINDOW):
-                    training.step(batches[number % len(batches)])
-
-            return window
+            return lambda number: training.step(batches[number % len(batches)])
 
         return on(one), on(other)
 
     title = f"{streams.model}: 10 steps, {task}, {16 // micro_batch} x {micro_batch}: {name}"
     count = max(pairs // (8 if goal is not None else 16), 2)
     builds = min(count, max(count // each, 8))
-    report.add(compare_built(title, build, pairs=count, builds=builds, goal=goal, warm_up=1))
+    report.add(compare_built(title, build, pairs=count, builds=builds, goal=goal, warm_up=1, parts=WINDOW))
 
 
 def _state_memory(report: Report, model: str, gorp: Any) -> None:

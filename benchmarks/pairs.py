@@ -89,21 +89,30 @@ def compare_built(
     builds: int = 8,
     goal: float | None = None,
     warm_up: int = 3,
+    parts: int = 1,
 ) -> Ratio:
     """The same, with both works made anew `builds` times: where their tensors lie in memory moves a ratio by 2 %."""
-    times = [timed(*build(), pairs=pairs // builds, warm_up=warm_up) for _ in range(builds)]
+    times = [timed(*build(), pairs=pairs // builds, warm_up=warm_up, parts=parts) for _ in range(builds)]
     return judged(name, np.stack(times), goal=goal)
 
 
 def timed(
-    first: Work, second: Work, *, pairs: int, prepare: Callable[[], None] | None = None, warm_up: int = 3
+    first: Work,
+    second: Work,
+    *,
+    pairs: int,
+    prepare: Callable[[], None] | None = None,
+    warm_up: int = 3,
+    parts: int = 1,
 ) -> Numbers:
     """Seconds by pair, side and clock [pairs, 2, 2], in pairs A B and B A by turns.
 
+    Of a work of several `parts`, each is done on both sides before the next, so that both meet the same moments of
+    a machine that others use; it is given the number of the part.
     The first clock is processor time of this process: on one thread that is what the work takes, without what other
     programs take of the machine meanwhile. The second is the time on the wall.
     """
-    times = np.empty((pairs, 2, 2))
+    times = np.zeros((pairs, 2, 2))
     works = (first, second)
     for index in range(-warm_up, pairs):
         if prepare is not None:
@@ -111,12 +120,13 @@ def timed(
         gc.collect()
         gc.disable()
         try:
-            for side in (0, 1) if index % 2 else (1, 0):
-                start = time.process_time(), time.perf_counter()
-                works[side](index)
-                end = time.process_time(), time.perf_counter()
-                if index >= 0:
-                    times[index, side] = end[0] - start[0], end[1] - start[1]
+            for number in range(index * parts, (index + 1) * parts):
+                for side in (0, 1) if number % 2 else (1, 0):
+                    start = time.process_time(), time.perf_counter()
+                    works[side](number)
+                    end = time.process_time(), time.perf_counter()
+                    if index >= 0:
+                        times[index, side] += end[0] - start[0], end[1] - start[1]
         finally:
             gc.enable()
     return times
