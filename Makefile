@@ -13,7 +13,7 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 TRAIN = $(VENV)/bin/deepspeed pipeline/train.py
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all test-hosts check format clean
 
 # One thread: the matrices are tiny, and threads that wait for each other on a busy machine cost minutes.
 demo: $(INSTALLED)
@@ -23,10 +23,14 @@ demo: $(INSTALLED)
 	@$(VENV)/bin/python -m eval runs/tiny_t5_order1-seqlora-s42 runs/tiny_t5_order1-s42
 
 test: $(INSTALLED)
-	$(PYTEST) -m "not full"
+	$(PYTEST) -m "not full and not hosts"
 
 test-all: $(INSTALLED)
-	$(PYTEST)
+	$(PYTEST) -m "not hosts"
+
+# Two hosts on this machine, each a network namespace with an ssh server: needs root, openssh-server and pdsh.
+test-hosts: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m hosts tests/hosts
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 import resource
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from pipeline.deepspeed_config import deepspeed_config
+from pipeline.heartbeat import Heartbeat
 from pipeline.hooks import hook_ids, only_hooks
 from pipeline.optimizer_groups import ParameterGroup, optimizer_groups
 from pipeline.recipe import Engine, Training
@@ -50,6 +52,7 @@ class Ranks:
         self.rank = rank
         self.world = world
         self.device = device
+        self._heartbeat: Heartbeat | None = None
 
     @classmethod
     def start(cls, *, timeout_minutes: float = 60) -> Ranks:
@@ -81,16 +84,29 @@ class Ranks:
                 "another: deepspeed --master_port=29501 ..."
             ) from error
         device = torch.device("cpu" if on_cpu else accelerator.current_device_name())
-        return cls(dist.get_rank(), dist.get_world_size(), device)
+        ranks = cls(dist.get_rank(), dist.get_world_size(), device)
+        ranks._watch_hosts()
+        return ranks
+
+    def _watch_hosts(self) -> None:
+        hosts = self.gather(platform.node())
+        if len(set(hosts)) == 1:
+            return  # one launcher started all of them, and notices the end of each
+        address = os.environ["MASTER_ADDR"]
+        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False) if self.first else None
+        port: int = self.gather(store.port if store else 0)[0]
+        self._heartbeat = Heartbeat(store or dist.TCPStore(address, port, is_master=False), self.rank, hosts)
+
+    def part(self) -> None:
+        """Wait for all ranks at the end of the run; from then on each may leave."""
+        dist.barrier()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
 
     @property
     def first(self) -> bool:
         """Whether this is rank 0, which alone writes and prints."""
         return self.rank == 0
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        dist.barrier()
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, on `tensor`'s device."""

@@ -35,7 +35,7 @@ def run(recipe: Recipe, stop: StopRequest, *, share: bool = False) -> dict[str, 
         stream.close()
     stream.log.say(format_summary(results))
     stream.log.say(f"report: {recipe.run_dir / 'report.md'}")
-    ranks.barrier()
+    ranks.part()
     return results
 
 
