@@ -52,7 +52,14 @@ def start(network: Network, folder: Path, *more: str) -> subprocess.Popen[str]:
     """The run on both hosts, started from the first."""
     hostfile = folder.with_name("hostfile")
     hostfile.write_text("".join(f"{host.name} slots=1\n" for host in network.hosts))
-    command = [str(ROOT / "docker" / "launch.sh"), "--hostfile", str(hostfile), RECIPE, *small(f"output.dir={folder}"), *more]
+    command = [
+        str(ROOT / "docker" / "launch.sh"),
+        "--hostfile",
+        str(hostfile),
+        RECIPE,
+        *small(f"output.dir={folder}"),
+        *more,
+    ]
     return subprocess.Popen(
         network.hosts[0].inside(command),
         env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
