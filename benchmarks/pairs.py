@@ -121,7 +121,7 @@ def timed(
         gc.disable()
         try:
             for number in range(index * parts, (index + 1) * parts):
-                for side in (0, 1) if number % 2 else (1, 0):
+                for side in (0, 1) if (number % parts + index) % 2 else (1, 0):
                     start = time.process_time(), time.perf_counter()
                     works[side](number)
                     end = time.process_time(), time.perf_counter()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from data_prep.batches import Family
 from data_prep.custom import read_custom
 from data_prep.errors import UserError
-from data_prep.rows import read_content
+from data_prep.rows import is_text, read_content
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +56,12 @@ def load_text(path: Path, tokenizer: PreTrainedTokenizerBase, *, family: Family,
 
     Raises `UserError` where it cannot be read, or is too short for a single prediction.
     """
+    least = SPACING if family == "t5" else 2
+    if piece_tokens < least:
+        raise UserError(
+            f"evaluation.retention: {path}: is read in pieces of data.max_source_tokens, {piece_tokens}; at least "
+            f"{least} are needed"
+        )
     documents = _documents(path)
     pieces = tuple(
         piece
@@ -64,19 +70,20 @@ def load_text(path: Path, tokenizer: PreTrainedTokenizerBase, *, family: Family,
         if (piece := _hidden_spans(ids, tokenizer) if family == "t5" else _continued(ids, tokenizer)).counted
     )
     if not pieces:
-        least = f"{SPACING} tokens" if family == "t5" else "one token"
-        raise UserError(f"evaluation.retention: {path}: no document of at least {least}; give a longer text")
+        needed = f"{SPACING} tokens" if family == "t5" else "one token"
+        raise UserError(f"evaluation.retention: {path}: no document of at least {needed}; give a longer text")
     return Text(path.stem, hashlib.sha256(path.read_bytes()).hexdigest(), pieces)
 
 
 def _documents(path: Path) -> list[str]:
     if path.suffix == ".jsonl":
         records, faults = read_custom(path, text_key=TEXT_KEY, label_key=TEXT_KEY)
-        if faults:
-            raise UserError(f"evaluation.retention: {path}: row {faults[0].row}: {faults[0].detail}; mend the file")
+        for fault in faults:
+            row = "" if fault.row is None else f"row {fault.row}: "
+            raise UserError(f"evaluation.retention: {path}: {row}{fault.detail}; mend the file")
         for number, record in enumerate(records):
-            if not isinstance(record.get(TEXT_KEY), str):
-                raise UserError(f'evaluation.retention: {path}: row {number}: no string under "{TEXT_KEY}"')
+            if not isinstance(record, dict) or not is_text(record.get(TEXT_KEY)):
+                raise UserError(f'evaluation.retention: {path}: row {number}: no text under "{TEXT_KEY}"; mend the row')
         return [record[TEXT_KEY] for record in records]
     try:
         return [read_content(path).decode("utf-8")]

@@ -18,7 +18,7 @@ from eval.confusion import confusions
 from eval.published import figures_for, order_name, other_row_counts, source_legend
 from eval.results import SCORES
 from eval.run_events import RunEvents, read_events, thinned
-from eval.summary import PERPLEXITY, number, score_title
+from eval.summary import PERPLEXITY, number, score_title, significant
 
 Results = Mapping[str, Any]
 HEADLINE = ("average_accuracy", "backward_transfer", "learning_accuracy")
@@ -87,6 +87,7 @@ def _page(name: str) -> Any:
         loader=PackageLoader("eval"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     pages.filters["number"] = number
+    pages.filters["significant"] = significant
     return pages.get_template(name)
 
 

@@ -10,7 +10,7 @@ from eval.accuracy import DEFINITIONS
 from eval.html_report import format_html
 from eval.published import figures_for, order_name, other_row_counts, source_legend
 from eval.results import SCORES, build_results
-from eval.summary import PERPLEXITY, number, score_title
+from eval.summary import PERPLEXITY, number, score_title, significant
 from eval.tables import markdown_table
 
 Results = Mapping[str, Any]
@@ -181,7 +181,7 @@ def _retention_section(results: Results) -> list[str]:
     if not results["retention"]:
         return []
     rows = [
-        [measure, *(number(value) for value in [values["untrained"], *values["after"]])]
+        [measure, *(significant(value) for value in [values["untrained"], *values["after"]])]
         for measure, values in results["retention"].items()
     ]
     header = ["", "untrained", *(f"after {task}" for task in results["order"])]

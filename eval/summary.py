@@ -39,6 +39,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return NOT_MEASURED if value is None else f"{value:.{digits}f}"
 
 
+def significant(value: float | None) -> str:
+    """A value of any size for a reader: fractions beside perplexities."""
+    return NOT_MEASURED if value is None else f"{value:.4g}"
+
+
 def _table(
     title: str,
     order: Sequence[str],

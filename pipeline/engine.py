@@ -103,6 +103,11 @@ class Ranks:
         if self._heartbeat is not None:
             self._heartbeat.stop()
 
+    def fail(self) -> None:
+        """Let the other hosts know that this rank leaves for a fault: they need not come back. Not collective."""
+        if self._heartbeat is not None:
+            self._heartbeat.fail()
+
     @property
     def first(self) -> bool:
         """Whether this is rank 0, which alone writes and prints."""

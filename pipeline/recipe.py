@@ -221,7 +221,8 @@ class Recipe(Group):
         content["order"] = list(self.task_names)
         del content["output"], content["model"]["path"], content["data"]["path"]
         del content["training"]["micro_batch_size"], content["evaluation"]["batch_size"]
-        del content["evaluation"]["references"]  # folders, whose scores stand beside this run's
+        for beside in ("references", "retention"):  # files, whose scores stand beside the run's own
+            del content["evaluation"][beside]
         content["engine"] = {"precision": self.engine.precision}
         content["method"].pop("feature_drift", None)
         for task in content["data"]["tasks"].values():

@@ -17,7 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # `zero=2` is short for `engine.zero=2`; the other three name a whole group by its first key.
 _SHORTHAND = {"zero": "engine.zero", "order": "order.name"}
 _WHOLE_GROUP = {"method": "name", "adapter": "kind"}
-_UNNAMED = ("seed", "output", "output.dir", "evaluation.references")  # the seed ends the folder's name
+_UNNAMED = (
+    "seed",
+    "output",
+    "output.dir",
+    "evaluation.references",
+    "evaluation.retention",
+)  # the seed ends the folder's name
 _BY_VALUE = ("method", "method.name", "adapter", "order", "order.name")  # their values say enough
 _SEVERAL = ("name", "order", "path", "tasks")  # keys of more than one group
 _LONGEST_WORD, _LONGEST_NAME = 40, 100

@@ -18,6 +18,7 @@ from data_prep.texts import SUFFIXES, Text, load_text
 from eval import harness
 from eval.retention import negative_log_likelihoods, perplexity
 from eval.run_files import retention_path
+from eval.summary import significant
 from pipeline.engine import Ranks
 from pipeline.runlog import RunLog
 from pipeline.stages import stage_key
@@ -91,7 +92,7 @@ class RetentionBook:
                 self._ranks.on_first(partial(self._write_task, model, after, stage, name, log))
 
     def _nll(self, model: nn.Module, text: Text, stop: StopRequest) -> float:
-        """Each rank its share of the pieces; their sum in the text's order."""
+        """Each rank its share of the pieces; `fsum` is exact, so their sum is the same on any number of ranks."""
         recipe, tokenizer = self._workload.recipe, self._workload.tokenizer
         mine: list[float] = []
         with suppress(Stopped):  # all ranks stop together below
@@ -107,6 +108,7 @@ class RetentionBook:
         return math.fsum(value for share in self._ranks.gather(mine) for value in share)
 
     def _write_task(self, model: nn.Module, after: str, stage: str, name: str, log: RunLog) -> None:
+        """On rank 0 alone, within the hour for which the others wait in a collective."""
         recipe = self._workload.recipe
         found = harness.scores(
             self._tasks[name],
@@ -122,4 +124,4 @@ class RetentionBook:
         write_json(retention_path(self._run_dir, after, name), content)
         log.event("retention", **content)
         for measure, value in found.items():
-            log.say(f"after {after}: {measure} {'not finite' if value is None else f'{value:.4g}'}")
+            log.say(f"after {after}: {measure} {significant(value)}")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data_prep.errors import UserError
 from eval.references import read_references
 from eval.report import write_results
 from eval.run_files import read_run
@@ -27,12 +28,17 @@ def run(recipe: Recipe, stop: StopRequest, *, share: bool = False) -> dict[str, 
     `share`: take over stages of equal address from the runs beside this one, instead of training them again.
     """
     ranks = Ranks.start()
-    stream = _open(recipe, ranks, stop, share=share)
     try:
-        stream.run()
-        results = ranks.on_first(lambda: write_results(recipe.run_dir))
-    finally:
-        stream.close()
+        stream = _open(recipe, ranks, stop, share=share)
+        try:
+            stream.run()
+            results = ranks.on_first(lambda: write_results(recipe.run_dir))
+        finally:
+            stream.close()
+    except Exception as error:
+        if not isinstance(error, UserError | Stopped) and not stop.reason():
+            ranks.fail()
+        raise
     stream.log.say(format_summary(results))
     stream.log.say(f"report: {recipe.run_dir / 'report.md'}")
     ranks.part()

@@ -64,7 +64,8 @@ class Stream:
         old = ranks.on_first(folder.read_facts)
         kept = ("timing", "trainable_parameters", "versions", "git")
         self.facts = facts | {key: old[key] for key in kept if key in old}
-        self.facts["references"] = facts["references"] or old.get("references", [])
+        for beside in ("references", "retention"):
+            self.facts[beside] = facts[beside] or old.get(beside, facts[beside])
         ranks.on_first(self._write_facts)
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ def main(cases: Path, backbones: Path, out: Path) -> None:
         part = out / f"{case}.{ranks.rank}.part"
         torch.save(result, part)
         part.rename(part.with_suffix(".pt"))
-        ranks.part()
+        ranks.gather(None)  # wait for each other
 
 
 def run(case: Case, ranks: Ranks, backbones: Path, out: Path) -> dict[str, Any]:

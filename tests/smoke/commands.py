@@ -66,12 +66,16 @@ def start(command: Sequence[str], *, cwd: Path = ROOT) -> subprocess.Popen[str]:
     )
 
 
-def launch(ranks: int, *arguments: str) -> list[str]:
-    """The user's main command; on a port of its own, since other runs may be under way on this machine."""
+def launcher_flags(ranks: int) -> str:
+    """For a port of its own, since other runs may be under way on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [LAUNCHER, "--num_accelerators", str(ranks), "--master_port", str(port), TRAIN, *arguments]
+        return f"--num_accelerators {ranks} --master_port {probe.getsockname()[1]}"
+
+
+def launch(ranks: int, *arguments: str) -> list[str]:
+    """The user's main command."""
+    return [LAUNCHER, *launcher_flags(ranks).split(), TRAIN, *arguments]
 
 
 def train(*arguments: str) -> list[str]:

@@ -4,12 +4,13 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from commands import events, launch, results, run, small, start, train, wait_for
+from commands import ROOT, events, launch, launcher_flags, results, run, small, start, train, wait_for
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -116,6 +117,25 @@ def test_a_run_told_to_stop_leaves_with_75(reference: Path, tmp_path: Path, numb
     done = run(train(RECIPE, *small(f"output.dir={folder}", "zero=1")))
     assert done.returncode == 0, done.stderr[-3000:]
     assert results(folder) == results(reference)
+
+
+def test_the_launch_script_passes_a_signal_on_to_the_ranks(reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [str(ROOT / "docker" / "launch.sh"), RECIPE, *small(f"output.dir={folder}")]
+    paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LAUNCHER_FLAGS": launcher_flags(2), "PATH": paths}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    wait_for(lambda: in_task(folder, 1), process)
+    process.terminate()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "stopped: signal SIGTERM" in err
+    assert whole(folder)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    wanted = results(reference)
+    found = results(folder)
+    assert found["matrix"] == wanted["matrix"]
 
 
 def test_ranks_stop_when_their_launcher_has_gone(tmp_path: Path) -> None:

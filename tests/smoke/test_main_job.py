@@ -66,6 +66,22 @@ def test_two_ranks_give_the_results_of_one(reference: Path, tmp_path: Path, zero
     assert two == pytest.approx(one, rel=1e-4)
 
 
+def test_texts_outside_the_stream_are_scored_alike_by_two_ranks(tmp_path: Path) -> None:
+    essay = tmp_path / "essay.txt"
+    essay.write_text("How does moss grow on the northern wall of the mill? " * 40, encoding="utf-8")
+    few = ["training.max_steps=1", "data.max_test_rows=2", "evaluation.cells=diagonal_and_last"]
+    found = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        overrides = small(f"output.dir={folder}", f"evaluation.retention=[{essay}]", *few)
+        done = run(launch(ranks, "recipes/tiny_t5_order1.yaml", *overrides))
+        assert done.returncode == 0, done.stderr[-3000:]
+        kept = results(folder)["retention"]["essay: perplexity"]
+        found.append([kept["untrained"], *kept["after"]])
+    assert None not in found[0]
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_llama_and_the_sequential_method_run_too(tmp_path: Path) -> None:
     overrides = small(f"output.dir={tmp_path / 'run'}", "method=seqlora", "evaluation.cells=diagonal_and_last")
     essay = tmp_path / "essay.txt"

@@ -421,7 +421,7 @@ def test_different_overrides_name_different_folders() -> None:
 
 def test_a_key_of_several_groups_is_named_with_its_group() -> None:
     fields = [(group, key) for group, key in leaves() if group != "seed"]
-    unnamed = {("output", "dir"), ("evaluation", "references")}
+    unnamed = {("output", "dir"), ("evaluation", "references"), ("evaluation", "retention")}
     words = {changed_keys([f"{group}.{key}=1"])[0] for group, key in fields if (group, key) not in unnamed}
     assert len(words) == len(fields) - len(unnamed) - len({"method.name", "order.name"}) + 1, (
         "those two are named by their values"
@@ -448,6 +448,7 @@ SAME = [
     "adapter.kind=lora",
     "method=pegp method.feature_drift=true",
     "evaluation.references=[runs/alone]",
+    "evaluation.retention=[essays.txt]",
 ]
 OTHER = [
     "seed=1",

@@ -118,8 +118,11 @@ def test_documents_of_a_jsonl_file_are_cut_one_by_one(tmp_path: Path) -> None:
     [
         ("short.txt", b"Moss", "no document of at least 20 tokens"),
         ("latin.txt", "naïve".encode("latin-1"), "not UTF-8 (byte 2)"),
-        ("rows.jsonl", b'{"text": "one"}\n{"words": "two"}\n', 'row 1: no string under "text"'),
+        ("rows.jsonl", b'{"text": "one"}\n{"words": "two"}\n', 'row 1: no text under "text"'),
         ("rows.jsonl", b'{"text": "one"}\n{"text": \n', "row 1: not JSON"),
+        ("rows.jsonl", b"[1, 2]", 'row 0: no text under "text"'),
+        ("rows.jsonl", b"", "rows.jsonl: is empty"),
+        ("rows.jsonl", b'{"text": "\\ud800"}\n', 'row 0: no text under "text"'),
     ],
 )
 def test_a_text_that_cannot_be_used_is_told(name: str, content: bytes, told: str, tmp_path: Path) -> None:
@@ -129,6 +132,12 @@ def test_a_text_that_cannot_be_used_is_told(name: str, content: bytes, told: str
         load_text(path, tokenizer_of("t5"), family="t5", piece_tokens=48)
     assert told in str(error.value)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(("family", "tokens", "least"), [("t5", 19, 20), ("llama2", 1, 2)])
+def test_pieces_too_short_to_predict_in_are_told(family: str, tokens: int, least: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"data.max_source_tokens, {tokens}; at least {least} are needed"):
+        text_of(LONG, family, tmp_path, tokens)
 
 
 HARNESS = importlib.util.find_spec("lm_eval") is not None
@@ -156,6 +165,7 @@ def parity(tmp_path: Path) -> Path:
         "doc_to_target": "a",
         "doc_to_choice": ["yes", "no"],
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "filter_list": [{"name": name, "filter": [{"function": "take_first"}]} for name in ("one", "two")],
     }
     path = tmp_path / "parity.yaml"
     path.write_text(json.dumps(task), encoding="utf-8")
@@ -167,9 +177,25 @@ def parity(tmp_path: Path) -> Path:
 def test_a_task_of_the_harness_is_scored_by_the_model(family: str, parity: Path) -> None:
     task, model, tokenizer = harness.load_task(str(parity)), random_model(family), tokenizer_of(family)
     found = [harness.scores(task, model, tokenizer, family=family, batch_size=size) for size in (4, 20)]
-    assert set(found[0]) == {"parity: acc"}
+    assert set(found[0]) == {"parity: acc,one", "parity: acc,two"}
     assert found[0] == found[1]
-    assert 0 <= found[0]["parity: acc"] <= 1
+    assert 0 <= found[0]["parity: acc,one"] <= 1
+
+
+@needs_harness
+def test_other_rows_are_another_task(parity: Path) -> None:
+    before = harness.load_task(str(parity)).fingerprint
+    assert harness.load_task(str(parity)).fingerprint == before
+    rows = parity.with_name("rows.jsonl")
+    rows.write_text(rows.read_text().replace("Is 3 even", "Is 5 even"))
+    assert harness.load_task(str(parity)).fingerprint != before
+
+
+@needs_harness
+def test_a_task_that_cannot_be_scored_is_told(parity: Path) -> None:
+    task = harness.load_task(str(parity))
+    with pytest.raises(UserError, match="parity: lm-evaluation-harness cannot score it with this model"):
+        harness.scores(task, object(), tokenizer_of("t5"), family="t5", batch_size=4)
 
 
 @needs_harness
