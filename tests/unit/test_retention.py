@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import FAMILIES, SENTENCES, random_model
 from small_tokenizers import tokenizer_of
@@ -47,6 +47,7 @@ def read_back(piece: Piece) -> list[int]:
     return [token for read in piece.input_ids[:-1] for token in (spans[read] if read in marks else [read])]
 
 
+@settings(deadline=None, max_examples=40)
 @given(content=DOCUMENTS, tokens=st.integers(SPACING, 60))
 def test_t5_reads_the_text_with_three_of_each_twenty_tokens_hidden(
     content: str, tokens: int, tmp_path_factory: pytest.TempPathFactory
