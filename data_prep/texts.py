@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.batches import Family
 from data_prep.custom import read_custom
 from data_prep.errors import UserError
 from data_prep.rows import is_text, read_content
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from data_prep.batches import Family
 
 # T5's pretraining hides 15 % of the tokens in spans of 3 on average (Raffel et al. 2020, section 3.1.4): here three
 # of each twenty, always the last ones, so that every model is asked the same.

@@ -46,7 +46,7 @@ Value = TypeVar("Value")
 
 
 class Ranks:
-    """The processes of this run and what they tell each other. Every method but `first` is collective."""
+    """The processes of this run and what they tell each other. All is collective but `first` and `fail`."""
 
     def __init__(self, rank: int, world: int, device: torch.device) -> None:
         self.rank = rank

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.texts import SUFFIXES
+from eval.harness import TASK_FILES
 from pipeline.recipe_groups import SYNTHETIC
 from pipeline.recipe_source import ROOT
 
 PATH_VARIABLES = ("CL_BENCHMARK_DIR", "CL_BENCHMARK_MINI_DIR", "CL_MODEL_DIR")
-RETENTION_FILES = (".txt", ".jsonl", ".yaml", ".yml")  # anything else is the name of a task
+RETENTION_FILES = (*SUFFIXES, *TASK_FILES)  # anything else is the name of a task
 _VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
 
 
