@@ -14,9 +14,11 @@ from pipeline.adapter_kinds import adapter_kind
 from pipeline.checkpoints import Checkpoint
 from pipeline.context import Context
 from pipeline.engine import Ranks
+from pipeline.label_loss import LabelLoss
+from pipeline.layers import merge
 from pipeline.loop import Step, plan_task
 from pipeline.methods import METHODS, Method
-from pipeline.models import LabelLoss, load_backbone, merge, prepare_for_training, skeleton
+from pipeline.models import load_backbone, prepare_for_training, skeleton
 from pipeline.optimizer_groups import ParameterGroup, optimizer_groups
 from pipeline.recipe import Gorp, IncLora, LbCl, LoraAdapter, OLora, Recipe, Training, TripletAdapter
 from pipeline.workload import Alone, StreamTask, Workload, load_workload

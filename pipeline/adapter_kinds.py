@@ -17,7 +17,7 @@ from pipeline.adapters.prefix import PrefixKind
 from pipeline.adapters.prompt import PromptKind
 from pipeline.adapters.triplet import TripletKind
 from pipeline.attention import prefix_kind
-from pipeline.models import feed_forward_blocks, full_rank_modules, target_modules
+from pipeline.layers import feed_forward_blocks, full_rank_modules, target_modules
 from pipeline.recipe import Adapter, Gorp, LbCl, LoraAdapter, MethodSettings
 
 _DECODER_BLOCK = re.compile(r"^(?:decoder\.block|model\.layers)\.(\d+)\.")

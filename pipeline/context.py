@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from data_prep.batches import IGNORED, PADDING_ROW, Example, Family, collate
 from pipeline.checkpoints import Checkpoint
 from pipeline.engine import Ranks, TaskEngine
-from pipeline.models import LabelLoss, recomputing
+from pipeline.label_loss import LabelLoss
+from pipeline.models import recomputing
 from pipeline.seeds import generator
 
 Value = TypeVar("Value")

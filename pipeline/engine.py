@@ -201,7 +201,7 @@ class TaskEngine:
             parameter.grad = None  # what `run_rows` left there is no part of the first step
         assert trained, "a task without trainable tensors never starts an engine"
         assert all(parameter.numel() for parameter in trained), "ZeRO 3 cannot hold empty parameters"
-        self._optimizer = torch.optim.AdamW(
+        self._optimizer = _optimizer(training)(
             optimizer_groups(trained, groups, training), lr=training.learning_rate, eps=training.adam_eps
         )
         config = deepspeed_config(settings, training, ranks.world)
@@ -216,7 +216,7 @@ class TaskEngine:
             config=config,
         )
         self._own_hooks = hook_ids(model) - foreign_hooks
-        if settings.zero in (1, 2) and len(self._optimizer.param_groups) > 1:
+        if settings.zero in (1, 2) and len(self._optimizer.param_groups) > 1 and training.optimizer == "adamw":
             self._make_moments()
 
     def _make_moments(self) -> None:
@@ -366,6 +366,15 @@ class TaskEngine:
         self._engine.destroy()
         gc.collect()  # DeepSpeed's engine and its hooks refer to each other in circles
         get_accelerator().empty_cache()
+
+
+def _optimizer(training: Training) -> Any:
+    """AdamW; of the 8-bit kind, tensors below 4,096 numbers keep 32 bits a moment (Dettmers et al. 2022)."""
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW
+    from bitsandbytes.optim.adamw import AdamW8bit  # seconds to load, for a choice that few recipes make
+
+    return AdamW8bit
 
 
 def _full_shape(parameter: nn.Parameter) -> torch.Size:

@@ -198,6 +198,12 @@ def _refuse(wanted: Export, recipe: Recipe, kind: str | None) -> None:
             else f"what method {recipe.method.name} trains has no form that PEFT or transformers knows"
         )
         raise UserError(f"{wanted.run_dir}: {reason}; the tensors lie in stages/*/trained, as safetensors")
+    if wanted.merged and recipe.model.quantization is not None:
+        raise UserError(
+            f"--merged: this run learnt beside a backbone quantized to {recipe.model.quantization}, into which nothing "
+            "can be merged, and with the full weights its updates were never trained; leave --merged out: PEFT loads "
+            "the adapter beside a backbone that is quantized likewise"
+        )
     if kind != "lora" and wanted.merged:
         raise UserError(f"--merged: a {kind} is no part of any weight; leave --merged out: PEFT loads it as an adapter")
     if wanted.part == "task" and (kind != "lora" or trains_one_lora(recipe)):

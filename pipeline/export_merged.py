@@ -13,7 +13,8 @@ from torch import Tensor
 from data_prep.errors import UserError
 from pipeline.adapters.lora import Factors
 from pipeline.checkpoints import backbone_folder, fingerprint
-from pipeline.models import load_backbone, load_tokenizer, merge
+from pipeline.layers import merge
+from pipeline.models import load_backbone, load_tokenizer
 from pipeline.recipe import Model
 
 

@@ -10,7 +10,7 @@ from eval.accuracy import cells_for
 from pipeline.adapter_kinds import trainable_parameters
 from pipeline.adapters.base import AdapterKind
 from pipeline.deepspeed_config import micro_batches_per_rank
-from pipeline.models import skeleton
+from pipeline.models import packed_layers, skeleton
 from pipeline.recipe import Recipe
 from pipeline.workload import Alone, Workload, load_workload
 
@@ -23,8 +23,9 @@ def format_plan(recipe: Recipe, *, world: int) -> str:
     workload = load_workload(recipe, Alone())
     model = skeleton(workload.model_folder, recipe.model.family)
     frozen = sum(parameter.numel() for parameter in model.parameters())
+    held = frozen_bytes(recipe, model)
     trained = trainable_parameters(workload.kind, model)
-    parts = memory_per_rank(recipe, workload, model, frozen=frozen, trained=trained, world=world)
+    parts = memory_per_rank(recipe, workload, model, frozen=held, trained=trained, world=world)
     on_host = full_rank_bytes_on_host(workload.kind, model)
     lines = [recipe.to_yaml().rstrip(), "", f"folder: {recipe.run_dir}", f"recipe: {recipe.sha256}", ""]
     lines += _task_table(workload)
@@ -35,7 +36,7 @@ def format_plan(recipe: Recipe, *, world: int) -> str:
         f"memory per rank, estimated, with {world} rank(s), zero {recipe.engine.zero}, {recipe.engine.precision}:",
         *(f"  {name:<42}{size / GIB:8.2f} GiB" for name, size in parts.items()),
         f"  {'together, while training':<42}{sum(parts.values()) / GIB:8.2f} GiB",
-        f"  {'while scoring, whatever the stage':<42}{_scoring_bytes(recipe, frozen) / GIB:8.2f} GiB and the cache",
+        f"  {'while scoring, whatever the stage':<42}{held / GIB:8.2f} GiB and the cache",
     ]
     if on_host:
         lines.append(f"  {'full-rank weights, on the host':<42}{on_host / GIB:8.2f} GiB")
@@ -43,16 +44,18 @@ def format_plan(recipe: Recipe, *, world: int) -> str:
 
 
 def memory_per_rank(
-    recipe: Recipe, workload: Workload, model: nn.Module, *, frozen: int, trained: int, world: int
+    recipe: Recipe, workload: Workload, model: nn.Module, *, frozen: float, trained: int, world: int
 ) -> dict[str, float]:
-    """Estimated bytes on one rank's device while a task trains, by part."""
+    """Estimated bytes on one rank's device while a task trains, by part; `frozen`: bytes of the whole backbone."""
     stage, width = recipe.engine.zero, 2 if recipe.engine.precision == "bf16" else 4
     shared = world if stage == 3 else 1
-    # Adam keeps two float32 moments; every ZeRO stage and bf16 a float32 master beside the forward's copy.
-    per_parameter = 8 if stage == 0 else 12
+    # AdamW keeps two float32 moments; every ZeRO stage and bf16 a float32 master beside the forward's copy.
+    # The 8-bit kind keeps two bytes instead, and a float32 constant for each block of 256.
+    moments = 8 if recipe.training.optimizer == "adamw" else 2 + 2 * 4 / 256
+    per_parameter = moments + (0 if stage == 0 else 4)
     on_host = recipe.engine.offload != "none"
     return {
-        "frozen weights": 0 if recipe.engine.offload == "parameters" else frozen * width / shared,
+        "frozen weights": 0 if recipe.engine.offload == "parameters" else frozen / shared,
         "adapter and its gradients": trained * (width + 4 / (world if stage >= 2 else 1)),
         "optimizer": 0 if on_host else trained * per_parameter / (world if stage else 1),
         "activations of the longest micro-batch": _activation_bytes(recipe, workload, model, width),
@@ -65,9 +68,21 @@ def full_rank_bytes_on_host(kind: AdapterKind, model: nn.Module) -> int:
     return 2 * 4 * sum(int(layer.weight.numel()) for layer in layers)
 
 
-def _scoring_bytes(recipe: Recipe, frozen: int) -> int:
-    """A whole copy of the weights: each rank scores its share of the rows with a plain, merged model."""
-    return frozen * (2 if recipe.engine.precision == "bf16" else 4)
+def frozen_bytes(recipe: Recipe, model: nn.Module) -> float:
+    """Of a whole copy of the backbone, as it trains and, with the updates in it, as each rank scores with it.
+
+    4 bits come with 8 of a constant for each 64 numbers (and little more: Dettmers et al. 2023), 8 bits with a float32
+    constant a row.
+    """
+    width = 2 if recipe.engine.precision == "bf16" else 4
+    total = float(width * sum(parameter.numel() for parameter in model.parameters()))
+    bits = recipe.model.quantization
+    for layer in packed_layers(model) if bits else ():
+        packed = (
+            (0.5 + 1 / 64) * layer.weight.numel() if bits == "nf4" else layer.weight.numel() + 4 * layer.out_features
+        )
+        total += packed - width * layer.weight.numel()
+    return total
 
 
 def _activation_bytes(recipe: Recipe, workload: Workload, model: nn.Module, width: int) -> float:

@@ -138,6 +138,29 @@ class Recipe(Group):
             )
         return self
 
+    @model_validator(mode="after")
+    def _fitting_bits(self) -> Self:
+        """What cannot be done with few bits, with the reason."""
+        packed, method = self.model.quantization, self.method
+        cores = isinstance(method, Gorp) and method.trains_cores
+        if packed == "int8" and self.engine.zero == 3:
+            raise ValueError(
+                "model.quantization: int8 gains nothing in engine.zero: 3, since bitsandbytes keeps a whole copy of "
+                "the weights on every rank beside the scattered one; set engine.zero: 2, or model.quantization: nf4"
+            )
+        if packed is not None and cores:
+            raise ValueError(
+                f"model.quantization: {packed} leaves gorp's cores no weight that they could be merged into; set "
+                "method.parts: B+S (LoRA alone), or model.quantization: null"
+            )
+        moments = cores or getattr(method, "gradient_space", None) == "first_moment"
+        if self.training.optimizer == "adamw_8bit" and moments:
+            raise ValueError(
+                "training.optimizer: adamw_8bit keeps moments in 8 bits, and gorp's spaces and cores are made of "
+                "moments; set training.optimizer: adamw"
+            )
+        return self
+
     def _one_training(self) -> None:
         """What tasks that are trained together cannot each have."""
         given = [

@@ -66,7 +66,7 @@ class Model(Group):
     family: Literal["t5", "llama2"]
     path: Text  # a folder if it exists, else a hub id org/name, or "synthetic"
     revision: str | None = None  # the hub's commit; required for a hub id
-    quantization: None = None  # quantized backbones are not built yet: only null is legal
+    quantization: Literal["nf4", "int8"] | None = None  # of the frozen linear layers, through bitsandbytes
 
 
 class CustomTask(Group):
@@ -391,7 +391,7 @@ class Training(Group):
     schedule: Literal["constant", "cosine"] = "constant"
     global_batch_size: Positive = 64
     micro_batch_size: Positive = 8
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"  # 8 bits a moment, through bitsandbytes
     adam_eps: Rate = 1e-8
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 0

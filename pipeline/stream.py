@@ -17,9 +17,10 @@ from pipeline.cells import CellBook
 from pipeline.checkpoints import Checkpoint
 from pipeline.context import Context
 from pipeline.engine import Ranks, TaskEngine
+from pipeline.label_loss import LabelLoss
 from pipeline.loop import TaskSummary, train_task
 from pipeline.methods import METHODS, Method
-from pipeline.models import LabelLoss, prepare_for_training
+from pipeline.models import prepare_for_training
 from pipeline.projection.features import FeaturesNotFinite
 from pipeline.retention import RetentionBook
 from pipeline.run_folder import RunFolder

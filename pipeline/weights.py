@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.lora import Factors
-from pipeline.models import load_backbone, merge
+from pipeline.layers import merge
+from pipeline.models import load_backbone
 from pipeline.workload import Workload
 
 Updates = Mapping[str, Sequence[Factors]]
@@ -29,7 +30,13 @@ class Weights:
         if self._model is None:
             recipe = workload.recipe
             dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
-            self._model = load_backbone(workload.model_folder, recipe.model.family, dtype=dtype).to(self._device)
+            self._model = load_backbone(
+                workload.model_folder,
+                recipe.model.family,
+                dtype=dtype,
+                quantization=recipe.model.quantization,
+                device=self._device,
+            )
         merge(self._model, workload.model_folder, workload.targets, updates, matrices or {})
         return self._model.eval()
 

@@ -95,6 +95,7 @@ class Workload:
         training = task.training.model_dump(mode="json", exclude={"micro_batch_size", "per_task"})
         return {
             "backbone": self.model_fingerprint,
+            **self._quantization(),
             "family": recipe.model.family,
             "rows": self._trained_rows(task),
             **self._prompt_influences(task),
@@ -121,10 +122,15 @@ class Workload:
         recipe = self.recipe
         return {
             "rows": task.data.fingerprints["evaluation"],
+            **self._quantization(),
             **self._prompt_influences(task),
             "decoding": [recipe.evaluation.decoding, recipe.evaluation.max_new_tokens],
             "label_scoring": recipe.evaluation.label_scoring,
         }
+
+    def _quantization(self) -> dict[str, Any]:
+        chosen = self.recipe.model.quantization
+        return {} if chosen is None else {"quantization": chosen}
 
     def _prompt_influences(self, task: StreamTask) -> dict[str, Any]:
         data = self.recipe.data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -27,6 +27,17 @@ class BranchedLinear(nn.Module):
         weight = self.base.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the device and dtype that trained tensors take: the weight, unless it is quantized."""
+        return self.base.like if isinstance(self.base, BranchedLinear) else self.weight
+
+
+def widths_of(layer: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of a linear layer, bare or with a branch of the past beside it."""
+    found: Any = layer
+    return int(found.in_features), int(found.out_features)
 
 
 def dropout_of(share: float) -> nn.Module:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.adapters.base import Attached, TensorProjector, Trained, install, value_of
-from pipeline.adapters.branches import AttachedBranches, BranchedLinear, dropout_of
+from pipeline.adapters.branches import AttachedBranches, BranchedLinear, dropout_of, widths_of
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class LoraLinear(BranchedLinear):
 
     def __init__(self, base: nn.Module, A: Trained, B: Trained, scale: float, dropout: float) -> None:
         super().__init__(base)
-        self.A = install(self, "A", A, self.weight)  # of [r, d_in]
-        self.B = install(self, "B", B, self.weight)  # of [d_out, r]
+        self.A = install(self, "A", A, self.like)  # of [r, d_in]
+        self.B = install(self, "B", B, self.like)  # of [d_out, r]
         self.scale = scale
         self.dropout = dropout_of(dropout)
 
@@ -79,11 +79,10 @@ class LoraKind:
         """
         tensors: dict[str, Tensor] = {}
         for name in self.targets:
-            layer = model.get_submodule(name)
-            assert isinstance(layer, nn.Linear)
-            bound = 1 / math.sqrt(layer.in_features)
-            A = torch.empty(self.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
-            tensors |= {f"{name}.A": A, f"{name}.B": torch.zeros(layer.out_features, self.rank)}
+            d_in, d_out = widths_of(model.get_submodule(name))
+            bound = 1 / math.sqrt(d_in)
+            A = torch.empty(self.rank, d_in).uniform_(-bound, bound, generator=generator)
+            tensors |= {f"{name}.A": A, f"{name}.B": torch.zeros(d_out, self.rank)}
         return tensors
 
     def attach(self, model: nn.Module, trained: Mapping[str, Trained]) -> Attached:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.adapters.base import TensorProjector, Trained, install, value_of
-from pipeline.adapters.branches import AttachedBranches, BranchedLinear, dropout_of
+from pipeline.adapters.branches import AttachedBranches, BranchedLinear, dropout_of, widths_of
 from pipeline.adapters.lora import Factors, LoraKind
 
 PARTS = ("U", "sigma", "V")
@@ -38,9 +38,9 @@ class TripletLinear(BranchedLinear):
 
     def __init__(self, base: nn.Module, U: Trained, sigma: Trained, V: Trained, scale: float, dropout: float) -> None:
         super().__init__(base)
-        self.U = install(self, "U", U, self.weight)  # of [d_out, r]
-        self.sigma = install(self, "sigma", sigma, self.weight)  # [r]
-        self.V = install(self, "V", V, self.weight)  # of [r, d_in]
+        self.U = install(self, "U", U, self.like)  # of [d_out, r]
+        self.sigma = install(self, "sigma", sigma, self.like)  # [r]
+        self.V = install(self, "V", V, self.like)  # of [r, d_in]
         self.scale = scale
         self.dropout = dropout_of(dropout)
 
@@ -72,10 +72,9 @@ class TripletKind(LoraKind):
         """U and V normal with a standard deviation of 0.02, sigma zero, so that dW is zero (methods.md 4.2)."""
         tensors: dict[str, Tensor] = {}
         for name in self.targets:
-            layer = model.get_submodule(name)
-            assert isinstance(layer, nn.Linear)
-            U = torch.empty(layer.out_features, self.rank).normal_(0, STANDARD_DEVIATION, generator=generator)
-            V = torch.empty(self.rank, layer.in_features).normal_(0, STANDARD_DEVIATION, generator=generator)
+            d_in, d_out = widths_of(model.get_submodule(name))
+            U = torch.empty(d_out, self.rank).normal_(0, STANDARD_DEVIATION, generator=generator)
+            V = torch.empty(self.rank, d_in).normal_(0, STANDARD_DEVIATION, generator=generator)
             tensors |= {f"{name}.U": U, f"{name}.sigma": torch.zeros(self.rank), f"{name}.V": V}
         return tensors
 

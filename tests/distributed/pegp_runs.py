@@ -13,9 +13,11 @@ from pipeline.adapter_kinds import adapter_kind
 from pipeline.checkpoints import Checkpoint
 from pipeline.context import Context
 from pipeline.engine import TaskEngine
+from pipeline.label_loss import LabelLoss
+from pipeline.layers import merge, target_modules
 from pipeline.loop import plan_task, train_task
 from pipeline.methods import METHODS
-from pipeline.models import LabelLoss, load_backbone, merge, prepare_for_training, target_modules
+from pipeline.models import load_backbone, prepare_for_training
 from pipeline.recipe import Batching, Gorp, LbCl, OLora, Pegp
 from pipeline.recipe_groups import BottleneckAdapter, LoraAdapter, PrefixAdapter, PromptAdapter, TripletAdapter
 from pipeline.runlog import RunLog
@@ -98,7 +100,7 @@ def _context(job: Any, method: Any, task: int, updates: Any) -> Context:
     """The task's context on a new backbone with `updates` merged."""
     case = job.case
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
-    model = load_backbone(job.folder, case.family, dtype=dtype)
+    model = load_backbone(job.folder, case.family, dtype=dtype, quantization=case.bits)
     targets = getattr(method.kind, "layers", None) or target_modules(model, case.family, None)
     merge(model, job.folder, targets, updates, method.matrices())
     rows = rows_of(case)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from random_backbones import random_examples
 
@@ -48,6 +49,8 @@ class Case:
     refresh: str = "rotate"  # of the method gorp
     svd: str = "exact"  # of the method gorp
     mode: str = "corrected"  # of the method gorp; literal sets `project` and `refresh` itself
+    bits: Literal["nf4", "int8"] | None = None  # of the backbone, in the run two_tasks
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     long: bool = False  # tasks of 50 steps, of the methods pegp and gorp
 
     def __str__(self) -> str:
@@ -62,6 +65,8 @@ class Case:
         parts += [] if self.refresh == "rotate" else [self.refresh]
         parts += [] if self.svd == "exact" else [self.svd]
         parts += [] if self.mode == "corrected" else [self.mode]
+        parts += [self.bits] if self.bits else []
+        parts += [] if self.optimizer == "adamw" else [self.optimizer]
         parts += ["50-steps"] if self.long else []
         return "-".join(parts)
 
@@ -81,7 +86,7 @@ class Case:
 
     @property
     def training(self) -> Training:
-        return FIFTY_STEPS if self.long else TRAINING
+        return (FIFTY_STEPS if self.long else TRAINING).model_copy(update={"optimizer": self.optimizer})
 
     def kind(self, targets: list[str]) -> LoraKind:
         return LoraKind(targets, rank=3, alpha=6, dropout=self.dropout)

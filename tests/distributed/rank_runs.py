@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from data_prep.errors import UserError
 from pipeline.context import Context
 from pipeline.engine import Ranks, TaskEngine
+from pipeline.label_loss import LabelLoss
+from pipeline.layers import target_modules
 from pipeline.loop import train_task
 from pipeline.methods import METHODS
 from pipeline.methods.inclora import IncrementalLora
-from pipeline.models import LabelLoss, load_backbone, prepare_for_training, target_modules
+from pipeline.models import load_backbone, prepare_for_training
 from pipeline.recipe import IncLora, SeqLora
 from pipeline.runlog import RunLog
 from pipeline.stopping import Stopped, StopRequest

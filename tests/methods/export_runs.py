@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from pipeline.adapters.lora import Factors
 from pipeline.checkpoints import fingerprint
 from pipeline.export import main
-from pipeline.models import load_backbone, merge, target_modules
+from pipeline.layers import merge, target_modules
+from pipeline.models import load_backbone
 from pipeline.recipe import Recipe
 from pipeline.stages import Stage, StageStore
 from pipeline.tiny import MAKING, train_tokenizer

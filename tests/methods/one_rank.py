@@ -20,9 +20,11 @@ from pipeline.adapter_kinds import adapter_kind
 from pipeline.checkpoints import Checkpoint
 from pipeline.context import Context
 from pipeline.engine import Ranks
+from pipeline.label_loss import LabelLoss
+from pipeline.layers import merge, target_modules
 from pipeline.loop import plan_task, train_task
 from pipeline.methods import METHODS
-from pipeline.models import LabelLoss, load_backbone, merge, prepare_for_training, target_modules
+from pipeline.models import Quantization, load_backbone, prepare_for_training
 from pipeline.recipe import (
     Batching,
     Gorp,
@@ -74,9 +76,10 @@ def context(
     *,
     training: Training = TRAINING,
     dtype: torch.dtype = torch.float32,
+    quantization: Quantization | None = None,
 ) -> Context:
     """The task's context, the past merged; `rows`: of every task up to this one."""
-    model = load_backbone(folder, family, dtype=dtype)
+    model = load_backbone(folder, family, dtype=dtype, quantization=quantization)
     rows = rows or [rows_of(index, family) for index in range(1, task + 1)]
     targets = target_modules(model, family, "all_linear")
     merge(model, folder, targets, method.frozen(), method.matrices())
@@ -125,9 +128,10 @@ def learn(
     rows: Any = None,
     dtype: torch.dtype = torch.float32,
     checkpointing: bool = False,
+    quantization: Quantization | None = None,
 ) -> dict[str, Tensor]:
     """One task from its start to its end; the method has taken what it trained."""
-    ctx = context(folder, family, method, task, rows, training=training, dtype=dtype)
+    ctx = context(folder, family, method, task, rows, training=training, dtype=dtype, quantization=quantization)
     prepare_for_training(ctx.model, gradient_checkpointing=checkpointing)
     with Float64() if dtype == torch.float64 else nullcontext():  # GORP runs backward before training
         method.begin_task(ctx)

@@ -19,7 +19,8 @@ from pipeline.adapters.base import Trained
 from pipeline.adapters.lora import Factors, from_tensors, to_tensors
 from pipeline.adapters.prompt import PromptKind
 from pipeline.attention import prefix_kind
-from pipeline.models import full_rank_modules, load_backbone, load_tokenizer
+from pipeline.layers import full_rank_modules
+from pipeline.models import load_backbone, load_tokenizer
 
 # PEFT 0.21.2 asks transformers 5.23 by the old name.
 pytestmark = [

@@ -17,8 +17,10 @@ from torch.testing import assert_close
 
 from pipeline.adapters.base import Trained
 from pipeline.adapters.core import CoreLinear
+from pipeline.label_loss import LabelLoss
+from pipeline.layers import merge
 from pipeline.methods.core_updates import CoreUpdates
-from pipeline.models import LabelLoss, load_backbone, merge, prepare_for_training, recomputing
+from pipeline.models import load_backbone, prepare_for_training, recomputing
 from pipeline.projection.sketch import ExactGradient
 from pipeline.recipe import LoraAdapter
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from pipeline.adapters.triplet import PARTS, TripletLinear, Triplets, triplets_of
+from pipeline.label_loss import LabelLoss
 from pipeline.methods.injection import injected
 from pipeline.methods.sensitivity import measure_sensitivity
-from pipeline.models import LabelLoss
 from pipeline.projection.subspace import Subspace
 from pipeline.recipe import LbCl, Recipe, TripletAdapter
 from pipeline.workload import Alone, load_workload

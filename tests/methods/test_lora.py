@@ -15,7 +15,8 @@ from torch import nn
 from data_prep.errors import UserError
 from pipeline.adapters.base import Trained
 from pipeline.adapters.lora import Factors, LoraKind, LoraLinear, from_tensors, summed_update, to_tensors
-from pipeline.models import load_backbone, target_modules
+from pipeline.layers import target_modules
+from pipeline.models import load_backbone
 
 # W: 3 x 2, r = 1, alpha = 2, so s = 2.
 W = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])

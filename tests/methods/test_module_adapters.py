@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from data_prep.batches import collate
 from pipeline.adapters.base import Trained
 from pipeline.adapters.bottleneck import Bottleneck
-from pipeline.models import LabelLoss, prepare_for_training
+from pipeline.label_loss import LabelLoss
+from pipeline.models import prepare_for_training
 
 cases = pytest.mark.parametrize(("family", "name"), [(family, name) for family in FAMILIES for name in KINDS])
 families = pytest.mark.parametrize("family", FAMILIES)

@@ -13,8 +13,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.testing import assert_close
 
+from pipeline.layers import merge
 from pipeline.methods.feature_pass import measure
-from pipeline.models import load_backbone, merge
+from pipeline.models import load_backbone
 from pipeline.projection.features import FeaturesNotFinite
 from pipeline.projection.subspace import Subspace
 from pipeline.recipe import Pegp

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from pipeline.adapters.lora import Factors, LoraKind, to_tensors
 from pipeline.context import Context
 from pipeline.engine import Ranks
+from pipeline.label_loss import LabelLoss
+from pipeline.layers import merge, target_modules
 from pipeline.methods import METHODS
-from pipeline.models import LabelLoss, load_backbone, merge, target_modules
+from pipeline.models import load_backbone
 from pipeline.recipe import IncLora, PerTask, SeqLora
 
 FAMILIES = ("t5", "llama2")

@@ -16,7 +16,8 @@ from torch import Tensor
 from data_prep.batches import collate, count_label_tokens
 from data_prep.errors import UserError
 from pipeline.checkpoints import backbone_folder, fingerprint
-from pipeline.models import LabelLoss, load_backbone, load_tokenizer, prepare_for_training
+from pipeline.label_loss import LabelLoss
+from pipeline.models import load_backbone, load_tokenizer, prepare_for_training
 from pipeline.recipe import Model
 
 FAMILIES = ("t5", "llama2")

@@ -500,6 +500,8 @@ OTHER = [
     "method=pegp adapter=bottleneck",
     "method=pegp adapter=bottleneck adapter.width=8",
     "method=pegp adapter=prompt adapter.length=8",
+    "model.quantization=nf4",
+    "training.optimizer=adamw_8bit",
     "method=gorp method.mode=literal",
     "method=gorp method.parts=B",
     "method=gorp method.lora=per_task",
@@ -525,7 +527,7 @@ OTHER = [
     "method=lbcl adapter.rank=4",
     "method=lbcl adapter.scale=1",
 ]
-ONE_VALUE = {"model.quantization", "training.optimizer", "evaluation.decoding"}
+ONE_VALUE = {"evaluation.decoding"}
 
 
 def leaves() -> set[tuple[str, str]]:

@@ -15,7 +15,7 @@ from data_prep import cache, synthetic
 from data_prep.batches import encode_rows
 from data_prep.tasks import load_tasks
 from pipeline import tiny
-from pipeline.models import FAMILIES, load_tokenizer
+from pipeline.models import CLASSES, load_tokenizer
 from pipeline.recipe import Data
 
 BOTH = pytest.mark.parametrize("family", ["t5", "llama2"])
@@ -91,7 +91,7 @@ def test_no_printable_character_is_unknown(folders: dict[str, Path], family: tin
 
 @BOTH
 def test_folder_loads_and_fits_its_tokenizer(folders: dict[str, Path], family: tiny.Family) -> None:
-    model = FAMILIES[family].model_class.from_pretrained(folders[family])
+    model = CLASSES[family].from_pretrained(folders[family])
     tokenizer = load_tokenizer(folders[family], family)
     assert model.get_input_embeddings().num_embeddings == len(tokenizer)
     assert model.dtype == torch.float32
