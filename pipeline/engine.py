@@ -205,6 +205,11 @@ class TaskEngine:
             optimizer_groups(trained, groups, training), lr=training.learning_rate, eps=training.adam_eps
         )
         config = deepspeed_config(settings, training, ranks.world)
+        if settings.zero:
+            # DeepSpeed's default, 5e8 numbers, takes up to 4 GB in every backward, however few are trained.
+            zero = config["zero_optimization"]
+            count = sum(parameter.numel() for parameter in trained)
+            zero["reduce_bucket_size"] = min(count, int(zero.get("reduce_bucket_size", count)))
         if settings.zero == 3:  # penalties and end-of-task work read trained tensors outside their modules' forwards
             zero = config["zero_optimization"]
             key = "stage3_param_persistence_threshold"

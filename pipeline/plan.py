@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from pipeline.recipe import Recipe
 from pipeline.workload import Alone, Workload, load_workload
 
 GIB = 2**30
+_BUFFERS = {0: 0, 1: 1, 2: 2, 3: 1}  # as large as all gradients, by ZeRO stage; two where communication overlaps
 
 
 def format_plan(recipe: Recipe, *, world: int) -> str:
@@ -25,7 +26,7 @@ def format_plan(recipe: Recipe, *, world: int) -> str:
     frozen = sum(parameter.numel() for parameter in model.parameters())
     held = frozen_bytes(recipe, model)
     trained = trainable_parameters(workload.kind, model)
-    parts = memory_per_rank(recipe, workload, model, frozen=held, trained=trained, world=world)
+    parts = memory_per_rank(recipe, model, longest_row(workload), frozen=held, trained=trained, world=world)
     on_host = full_rank_bytes_on_host(workload.kind, model)
     lines = [recipe.to_yaml().rstrip(), "", f"folder: {recipe.run_dir}", f"recipe: {recipe.sha256}", ""]
     lines += _task_table(workload)
@@ -43,22 +44,38 @@ def format_plan(recipe: Recipe, *, world: int) -> str:
     return "\n".join(lines)
 
 
+class LongestRow(NamedTuple):
+    """The most tokens of any training row, all of it and its label."""
+
+    tokens: int
+    label_tokens: int
+
+
+def longest_row(workload: Workload) -> LongestRow:
+    """Of all tasks."""
+    rows = [example for task in workload.tasks for example in task.train]
+    return LongestRow(
+        max(len(example.input_ids) + len(example.label_ids) for example in rows),
+        max(len(example.label_ids) for example in rows),
+    )
+
+
 def memory_per_rank(
-    recipe: Recipe, workload: Workload, model: nn.Module, *, frozen: float, trained: int, world: int
+    recipe: Recipe, model: nn.Module, longest: LongestRow, *, frozen: float, trained: int, world: int
 ) -> dict[str, float]:
     """Estimated bytes on one rank's device while a task trains, by part; `frozen`: bytes of the whole backbone."""
     stage, width = recipe.engine.zero, 2 if recipe.engine.precision == "bf16" else 4
-    shared = world if stage == 3 else 1
-    # AdamW keeps two float32 moments; every ZeRO stage and bf16 a float32 master beside the forward's copy.
-    # The 8-bit kind keeps two bytes instead, and a float32 constant for each block of 256.
+    # The 8-bit kind keeps two bytes instead of eight, and two float32 constants for each block of 256.
     moments = 8 if recipe.training.optimizer == "adamw" else 2 + 2 * 4 / 256
+    # AdamW keeps two float32 moments; every ZeRO stage and bf16 a float32 master beside the forward's copy.
     per_parameter = moments + (0 if stage == 0 else 4)
     on_host = recipe.engine.offload != "none"
     return {
-        "frozen weights": 0 if recipe.engine.offload == "parameters" else frozen / shared,
+        "frozen weights": 0 if recipe.engine.offload == "parameters" else frozen / (world if stage == 3 else 1),
         "adapter and its gradients": trained * (width + 4 / (world if stage >= 2 else 1)),
+        "gradients on their way to other ranks": trained * width * _BUFFERS[stage],
         "optimizer": 0 if on_host else trained * per_parameter / (world if stage else 1),
-        "activations of the longest micro-batch": _activation_bytes(recipe, workload, model, width),
+        "activations of the longest micro-batch": _activation_bytes(recipe, longest, model, width),
     }
 
 
@@ -85,19 +102,28 @@ def frozen_bytes(recipe: Recipe, model: nn.Module) -> float:
     return total
 
 
-def _activation_bytes(recipe: Recipe, workload: Workload, model: nn.Module, width: int) -> float:
+def _activation_bytes(recipe: Recipe, longest: LongestRow, model: nn.Module, width: int) -> float:
     """Korthikanti et al. 2022, section 4: s b h (34 + 5 a s / h) bytes per layer in 16 bits, twice in 32; with
     recomputation the layer inputs and one layer; then logits at label positions, with their gradient.
+
+    T5's decoder reads the label alone, and of the encoder's output the keys and values of each cross-attention.
     """
     config: Any = model.config
     hidden, heads = config.hidden_size, config.num_attention_heads
-    layers = config.num_hidden_layers + getattr(config, "num_decoder_layers", 0)
-    rows = recipe.training.micro_batch_size
-    tokens = max(len(example.input_ids) + len(example.label_ids) for task in workload.tasks for example in task.train)
-    labels = max(len(example.label_ids) for task in workload.tasks for example in task.train)
-    layer = tokens * rows * hidden * (34 + 5 * heads * tokens / hidden) * width / 2
-    inputs = tokens * rows * hidden * width
-    body = layers * inputs + layer if recipe.engine.gradient_checkpointing else layers * layer
+    rows, tokens, labels = recipe.training.micro_batch_size, longest.tokens, longest.label_tokens
+
+    def layer(positions: int) -> float:
+        return float(width * positions * rows * hidden * (34 + 5 * heads * positions / hidden) / 2)
+
+    stacks = [(config.num_hidden_layers, layer(tokens), tokens)]
+    if decoder_layers := getattr(config, "num_decoder_layers", 0):
+        crossed = rows * (2 * tokens * hidden + 5 / 2 * heads * labels * tokens) * width
+        stacks = [(config.num_hidden_layers, layer(tokens), tokens), (decoder_layers, layer(labels) + crossed, labels)]
+    if recipe.engine.gradient_checkpointing:
+        body = sum(count * rows * positions * hidden * width for count, _, positions in stacks)
+        body += max(size for _, size, _ in stacks)
+    else:
+        body = sum(count * size for count, size, _ in stacks)
     return float(body + 3 * 4 * rows * labels * config.vocab_size)
 
 

@@ -1,0 +1,100 @@
+"""`--plan`'s memory against measured peaks: `python benchmarks/memory.py [--model MODEL]`; see README.md here."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # `python benchmarks/memory.py` puts this folder first; ours start at the repository.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks import gorp_costs
+from benchmarks.pairs import Report, write_json
+from benchmarks.streams import MODELS
+from benchmarks.training import Ours
+from data_prep.errors import UserError
+from pipeline.adapter_kinds import trainable_parameters
+from pipeline.engine import Ranks
+from pipeline.models import skeleton
+from pipeline.plan import frozen_bytes, longest_row, memory_per_rank
+from pipeline.recipe import Recipe
+from pipeline.workload import Alone, Workload, load_workload
+
+SETTINGS: Sequence[Sequence[str]] = (
+    ["zero=0"],
+    ["zero=2"],
+    ["zero=3"],
+    ["zero=2", "engine.precision=bf16"],
+    ["zero=2", "engine.gradient_checkpointing=true"],
+    ["zero=2", "training.optimizer=adamw_8bit"],
+    ["zero=2", "model.quantization=nf4"],
+    ["zero=2", "model.quantization=int8"],
+)
+MIB = 2**20
+
+
+def measured(workload: Workload, ranks: Ranks) -> tuple[int, int]:
+    """Bytes of the frozen weights, and the most that torch's allocator held above them until a step was done."""
+    task = workload.tasks[0]
+    ours = Ours(workload, task, ranks, start=False)
+    frozen = gorp_costs.resident_bytes([*ours.model.parameters()])
+    by_length = sorted(range(len(task.train)), key=[len(row.input_ids) for row in task.train].__getitem__)
+    rows = by_length[-workload.recipe.training.global_batch_size :]
+
+    def step() -> None:
+        ours.start()
+        ours.longest_step(rows)
+
+    return frozen, gorp_costs.peak_bytes(step)
+
+
+def compare(report: Report, name: str, changes: Sequence[str], ranks: Ranks) -> None:
+    """One line: estimated and measured MiB, and their ratio."""
+    recipe = Recipe.load(f"recipes/{name}_order1.yaml", ["method=inclora", "order={tasks: [agnews]}", *changes])
+    workload = load_workload(recipe, Alone())
+    model: Any = skeleton(workload.model_folder, recipe.model.family)
+    trained = trainable_parameters(workload.kind, model)
+    held = frozen_bytes(recipe, model)
+    parts = memory_per_rank(recipe, model, longest_row(workload), frozen=held, trained=trained, world=ranks.world)
+    frozen, above = measured(workload, ranks)
+    estimated = sum(parts.values())
+    report.state(
+        f"{name}, {' '.join(changes)}",
+        {
+            "estimated MiB": round(estimated / MIB, 1),
+            "measured MiB": round((frozen + above) / MIB, 1),
+            "estimated / measured": round(estimated / (frozen + above), 2),
+            "of it frozen weights, estimated and measured": [round(held / MIB, 1), round(frozen / MIB, 1)],
+        },
+    )
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python benchmarks/memory.py", description=__doc__)
+    parser.add_argument("--model", choices=MODELS, help="both by default")
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of each start and stop
+    report, ranks = Report(), Ranks.start()
+    try:
+        for name in [options.model] if options.model else MODELS:
+            for changes in SETTINGS:
+                compare(report, name, changes, ranks)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        write_json(options.json, report.ratios, report.stated, {"model": options.model})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
