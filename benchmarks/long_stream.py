@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import math
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,9 @@ def run(folder: Path, method: str, count: int) -> Path:
 
 
 def figures(run_dir: Path) -> list[dict[str, float]]:
-    """By task: milliseconds a step, seconds of the method, of saving and scoring, MiB, share of free directions."""
+    """By task: milliseconds a step (NaN where nothing was left to train), seconds of the method, of saving and scoring,
+    MiB, share of free directions.
+    """
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     events = [json.loads(line) for line in lines]
     timing = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))["timing"]
@@ -78,7 +81,7 @@ def figures(run_dir: Path) -> list[dict[str, float]]:
         files = [file for file in folders[index - 1].rglob("*") if file.is_file()]
         found.append(
             {
-                "step_ms": 1000 * event["train_s"] / max(1, event["steps"]),
+                "step_ms": 1000 * event["train_s"] / event["steps"] if event["steps"] else math.nan,
                 "steps": event["steps"],
                 "method_s": event["method_s"],
                 "save_s": event["save_s"],
@@ -97,7 +100,8 @@ def table(found: Sequence[Mapping[str, float]]) -> str:
     lines = ["tasks    " + "".join(f"{head:>12}" for head in heads)]
     for start in range(0, len(found), 10):
         part = found[start : start + 10]
-        cells = "".join(f"{fmean(task[head] for task in part):12.2f}" for head in heads)
+        known = {head: [task[head] for task in part if not math.isnan(task[head])] for head in heads}
+        cells = "".join(f"{fmean(known[head]):12.2f}" if known[head] else f"{'-':>12}" for head in heads)
         lines.append(f"{start + 1:3}-{start + len(part):<5}{cells}")
     return "\n".join(lines)
 
