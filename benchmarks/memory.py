@@ -19,10 +19,9 @@ from benchmarks.pairs import Report, write_json
 from benchmarks.streams import MODELS
 from benchmarks.training import Ours
 from data_prep.errors import UserError
-from pipeline.adapter_kinds import trainable_parameters
 from pipeline.engine import Ranks
+from pipeline.memory_estimate import frozen_bytes, longest_row, memory_per_rank
 from pipeline.models import skeleton
-from pipeline.plan import frozen_bytes, longest_row, memory_per_rank
 from pipeline.recipe import Recipe
 from pipeline.workload import Alone, Workload, load_workload
 
@@ -35,6 +34,8 @@ SETTINGS: Sequence[Sequence[str]] = (
     ["zero=2", "training.optimizer=adamw_8bit"],
     ["zero=2", "model.quantization=nf4"],
     ["zero=2", "model.quantization=int8"],
+    ["zero=2", "model.quantization=nf4", "engine.gradient_checkpointing=true"],
+    ["zero=2", "model.quantization=int8", "engine.gradient_checkpointing=true"],
 )
 MIB = 2**20
 
@@ -43,7 +44,8 @@ def measured(workload: Workload, ranks: Ranks) -> tuple[int, int]:
     """Bytes of the frozen weights, and the most that torch's allocator held above them until a step was done."""
     task = workload.tasks[0]
     ours = Ours(workload, task, ranks, start=False)
-    frozen = gorp_costs.resident_bytes([*ours.model.parameters()])
+    constants = [state for weight in ours.model.parameters() for state in _constants(weight)]
+    frozen = gorp_costs.resident_bytes([*ours.model.parameters(), *constants])
     by_length = sorted(range(len(task.train)), key=[len(row.input_ids) for row in task.train].__getitem__)
     rows = by_length[-workload.recipe.training.global_batch_size :]
 
@@ -54,14 +56,19 @@ def measured(workload: Workload, ranks: Ranks) -> tuple[int, int]:
     return frozen, gorp_costs.peak_bytes(step)
 
 
+def _constants(weight: Any) -> list[Any]:
+    """What unpacks a quantized weight."""
+    state = getattr(weight, "quant_state", None)
+    return [state.absmax] if state is not None else [weight.SCB] if getattr(weight, "SCB", None) is not None else []
+
+
 def compare(report: Report, name: str, changes: Sequence[str], ranks: Ranks) -> None:
     """One line: estimated and measured MiB, and their ratio."""
     recipe = Recipe.load(f"recipes/{name}_order1.yaml", ["method=inclora", "order={tasks: [agnews]}", *changes])
     workload = load_workload(recipe, Alone())
     model: Any = skeleton(workload.model_folder, recipe.model.family)
-    trained = trainable_parameters(workload.kind, model)
     held = frozen_bytes(recipe, model)
-    parts = memory_per_rank(recipe, model, longest_row(workload), frozen=held, trained=trained, world=ranks.world)
+    parts = memory_per_rank(recipe, workload.kind, model, longest_row(workload), world=ranks.world)
     frozen, above = measured(workload, ranks)
     estimated = sum(parts.values())
     report.state(

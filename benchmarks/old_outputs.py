@@ -61,7 +61,9 @@ class Run(FinishedRun):
     """A finished run, its stages looked at one after another."""
 
     def old_tasks(self, row_count: int) -> list[OldTask]:
-        """Each task but the last."""
+        """Each task but the last. `UserError` for a quantized backbone, whose weights no longer hold what is learnt."""
+        if self.recipe.model.quantization is not None:
+            raise UserError(f"{self.folder}: its backbone is quantized; outputs are compared through whole weights")
         seen = []
         for task, method, model in self.stages():
             seen.append(self._look(model, task, row_count, self._protected(method)))

@@ -102,7 +102,10 @@ class Ours:
 class Baseline:
     """PEFT's LoRA under transformers' Trainer: rows in random order, padded to a batch's longest or to one length."""
 
-    def __init__(self, workload: Workload, task: StreamTask, folder: str, *, pad_to: int | None) -> None:
+    def __init__(
+        self, workload: Workload, task: StreamTask, folder: str, *, pad_to: int | None, start: bool = True
+    ) -> None:
+        """Without `start` the backbone alone is there, until `start` is called."""
         recipe, training = workload.recipe, workload.recipe.training
         family, adapter = recipe.model.family, recipe.adapter
         assert isinstance(adapter, LoraAdapter)
@@ -114,8 +117,6 @@ class Baseline:
             target_modules=list(workload.targets),
             task_type=TaskType.SEQ_2_SEQ_LM if family == "t5" else TaskType.CAUSAL_LM,
         )
-        peft: Any = get_peft_model(base, config)
-        self.model: nn.Module = peft.base_model.model
         self._rows = [_row(example, family) for example in task.train]
         settings = TrainingArguments(
             output_dir=folder,
@@ -140,7 +141,17 @@ class Baseline:
             padding="longest" if pad_to is None else "max_length",
             max_length=pad_to,
         )
-        self._made = {"model": peft, "args": settings, "data_collator": collator}
+        self._made = {"args": settings, "data_collator": collator}
+        self._trainer: Trainer | None = None
+        self._base, self._config = base, config
+        if start:
+            self.start()
+
+    def start(self) -> None:
+        """Attach the adapter, make the Trainer; its optimizer comes with its first training."""
+        peft: Any = get_peft_model(self._base, self._config)
+        self.model: nn.Module = peft.base_model.model
+        self._trainer = Trainer(model=peft, train_dataset=self._rows, **self._made)
 
     def epoch(self, _: int) -> None:
         """All rows once."""
@@ -151,7 +162,9 @@ class Baseline:
         self._train([self._rows[row] for row in rows])
 
     def _train(self, rows: Any) -> None:
-        Trainer(train_dataset=rows, **self._made).train()
+        assert self._trainer is not None
+        self._trainer.train_dataset = rows
+        self._trainer.train()
 
 
 def _row(example: Example, family: str) -> dict[str, list[int]]:
@@ -161,6 +174,11 @@ def _row(example: Example, family: str) -> dict[str, list[int]]:
         ids = [*example.input_ids, *example.label_ids]
         labels = [*[-100] * len(example.input_ids), *example.label_ids]
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def _first_step(side: Ours | Baseline, rows: Sequence[int]) -> None:
+    side.start()
+    side.longest_step(rows)
 
 
 @torch.no_grad()
@@ -198,8 +216,12 @@ def measure(report: Report, name: str, options: argparse.Namespace, ranks: Ranks
             report.state(f"{title}: rows a second", rates)
             by_length = sorted(range(len(task.train)), key=[len(row.input_ids) for row in task.train].__getitem__)
             rows = by_length[-workload.recipe.training.global_batch_size :]
-            peaks = [gorp_costs.peak_bytes(partial(side.longest_step, rows)) for side in (ours, baseline)]
-            report.state(f"{title}: peak bytes of a step above what stands", peaks)
+            ours, baseline = (
+                Ours(workload, task, ranks, start=False),
+                Baseline(workload, task, folder, pad_to=pad_to, start=False),
+            )
+            peaks = [gorp_costs.peak_bytes(partial(_first_step, side, rows)) for side in (ours, baseline)]
+            report.state(f"{title}: peak bytes above the frozen weights, to a step of the longest rows", peaks)
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ import yaml
 
 from data_prep.errors import UserError
 from eval.accuracy import cells_for
-from eval.published import order_name
+from eval.published import backbone_name, order_name
 from eval.run_files import predictions_path, read_object, stage_names
 from eval.scoring import exact_match
 
@@ -105,12 +105,12 @@ def expand(patterns: Sequence[str]) -> list[Path]:
 def load_runs(folders: Sequence[Path]) -> list[ComparedRun]:
     """The runs, named by what they differ in. `UserError` where two are of one name, backbone, order and seed."""
     read = [(folder, read_object(folder / "results.json"), _settings(folder)) for folder in folders]
-    labels = _labels([(results["method"], _backbone(results), settings) for _, results, settings in read])
+    labels = _labels([(results["method"], backbone_name(results["model"]), settings) for _, results, settings in read])
     runs = [
         ComparedRun(
             folder=folder,
             label=label,
-            backbone=_backbone(results),
+            backbone=backbone_name(results["model"]),
             order=order_name(results["order"]) or ", ".join(results["order"]),
             seed=results["seed"],
             results=results,
@@ -125,11 +125,6 @@ def load_runs(folders: Sequence[Path]) -> list[ComparedRun]:
                 f"{run.folder}: the same method, settings, backbone, order and seed as {same.folder}; give one of them"
             )
     return runs
-
-
-def _backbone(results: Mapping[str, Any]) -> str:
-    model = results["model"]
-    return Path(model if isinstance(model, str) else model["path"]).name
 
 
 def _settings(folder: Path) -> dict[str, str]:

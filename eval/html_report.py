@@ -15,7 +15,7 @@ from eval.accuracy import DEFINITIONS
 from eval.charts import Interval, Series, interval_chart, line_chart
 from eval.comparison_report import READING, SCALARS
 from eval.confusion import confusions
-from eval.published import figures_for, order_name, other_row_counts, source_legend
+from eval.published import backbone_name, figures_for, order_name, other_row_counts, source_legend
 from eval.results import SCORES
 from eval.run_events import RunEvents, read_events, thinned
 from eval.summary import PERPLEXITY, number, score_title, significant
@@ -35,7 +35,7 @@ def format_html(run_dir: Path, results: Results) -> str:
         results=results,
         order=order,
         title=f"{results['method']} on {order_name(order) or 'a custom order'}, seed {results['seed']}",
-        backbone=_model(results)["path"],
+        backbone=backbone_name(results["model"]),
         scalars=list(scalars.values()),
         headline=[scalars[key] for key in HEADLINE],
         matrices=[_matrix(results, score) for score in SCORES if _measured(results, score)],
@@ -55,7 +55,7 @@ def format_html(run_dir: Path, results: Results) -> str:
         sensitivity=_sensitivity(events, order),
         timing=_timing(results["timing"]),
         memory=[(task, peak / 2**20) for task, peak in events.peak_bytes.items()],
-        published=figures_for(_model(results)["path"], order),
+        published=figures_for(backbone_name(results["model"]), order),
         sources=source_legend(),
         unlike=other_row_counts(results["rows"], order),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",

@@ -25,13 +25,20 @@ class Figure:
     note: str
 
 
-def figures_for(model_path: str, order: Sequence[str]) -> list[Figure]:
+def backbone_name(model: str | Mapping[str, Any]) -> str:
+    """A backbone as tables name it, from a run's `model`: the last part of its path, "(nf4)" where it is quantized."""
+    known = {"path": model} if isinstance(model, str) else model
+    bits = known.get("quantization")
+    return Path(known["path"]).name + (f" ({bits})" if bits else "")
+
+
+def figures_for(backbone: str, order: Sequence[str]) -> list[Figure]:
     """Every published figure for this backbone and order; none for another backbone or order.
 
-    The backbone is known by the last part of its path or hub id, so a renamed folder gets no figures.
+    The backbone is known by its name (`backbone_name`), so a renamed folder or a quantized one gets no figures.
     """
     facts = _facts()
-    table = facts["backbones"].get(Path(model_path).name.lower())
+    table = facts["backbones"].get(backbone.lower())
     name = order_name(order)
     if table is None or name not in PUBLISHED_ORDERS:
         return []

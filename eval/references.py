@@ -73,6 +73,9 @@ def _check(place: str, results: Mapping[str, Any], facts: Mapping[str, Any]) -> 
     theirs, ours = results["model"]["fingerprint"], facts["model"]["fingerprint"]
     if theirs != ours:
         raise UserError(f"{place}: its backbone is another one ({theirs[:12]}, here {ours[:12]})")
+    theirs, ours = results["model"].get("quantization"), facts["model"].get("quantization")
+    if theirs != ours:
+        raise UserError(f"{place}: its backbone's quantization is {theirs or 'none'}, here {ours or 'none'}")
     for key in SHARED:
         if results["settings"][key] != facts["settings"][key]:
             raise UserError(f"{place}: its {key} is {results['settings'][key]!r}, here {facts['settings'][key]!r}")

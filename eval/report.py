@@ -8,7 +8,7 @@ from typing import Any
 from data_prep.files import write_atomic, write_json
 from eval.accuracy import DEFINITIONS
 from eval.html_report import format_html
-from eval.published import figures_for, order_name, other_row_counts, source_legend
+from eval.published import backbone_name, figures_for, order_name, other_row_counts, source_legend
 from eval.results import SCORES, build_results
 from eval.summary import PERPLEXITY, number, score_title, significant
 from eval.tables import markdown_table
@@ -214,11 +214,11 @@ def _dropped_lines(results: Results) -> list[str]:
 
 
 def _published_section(results: Results) -> str:
-    path: str = _model_facts(results["model"])["model"]
-    figures = figures_for(path, results["order"])
+    name = backbone_name(results["model"])
+    figures = figures_for(name, results["order"])
     if not figures:
         return (
-            f"None: nothing is published for `{Path(path).name}` on this order, and figures of other "
+            f"None: nothing is published for `{name}` on this order, and figures of other "
             "backbones and orders are not comparable with this run."
         )
     rows = [

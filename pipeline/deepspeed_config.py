@@ -47,6 +47,9 @@ def deepspeed_config(settings: Engine, training: Training, world: int) -> dict[s
     stage = config.get("zero_optimization", {}).get("stage")
     if stage != settings.zero:
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}; this file must set {settings.zero}")
+    bucket = config.get("zero_optimization", {}).get("reduce_bucket_size", 1)
+    if not isinstance(bucket, int | float) or bucket < 1:
+        raise UserError(f"{path}: zero_optimization.reduce_bucket_size is {bucket!r}; give a number, or leave it out")
     config |= {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,

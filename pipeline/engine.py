@@ -374,7 +374,10 @@ class TaskEngine:
 
 
 def _optimizer(training: Training) -> Any:
-    """AdamW; of the 8-bit kind, tensors below 4,096 numbers keep 32 bits a moment (Dettmers et al. 2022)."""
+    """AdamW, or its 8-bit kind (Dettmers et al. 2022), which keeps 32 bits in tensors below 4,096 numbers.
+
+    In ZeRO 1 to 3 those tensors are a rank's flat pieces, so which numbers share a block depends on stage and ranks.
+    """
     if training.optimizer == "adamw":
         return torch.optim.AdamW
     from bitsandbytes.optim.adamw import AdamW8bit  # seconds to load, for a choice that few recipes make

@@ -84,7 +84,19 @@ def export(wanted: Export) -> tuple[Path, str]:
     _place(final, write)
     library, prefix = ("transformers", "Auto") if wanted.merged else ("peft", "AutoPeft")
     loader = prefix + _AUTO_CLASS[recipe.model.family]
-    return final, f"from {library} import {loader}; model = {loader}.from_pretrained({str(final)!r})"
+    return final, _loading(library, loader, final, recipe.model.quantization)
+
+
+def _loading(library: str, loader: str, folder: Path, quantization: str | None) -> str:
+    """The line of Python that loads an export, beside a backbone of the run's own bits."""
+    if quantization is None:
+        return f"from {library} import {loader}; model = {loader}.from_pretrained({str(folder)!r})"
+    bits = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
+    config = f"BitsAndBytesConfig({bits if quantization == 'nf4' else 'load_in_8bit=True'})"
+    return (
+        f"from {library} import {loader}; from transformers import BitsAndBytesConfig; "
+        f"model = {loader}.from_pretrained({str(folder)!r}, quantization_config={config})"
+    )
 
 
 def trains_one_lora(recipe: Recipe) -> bool:

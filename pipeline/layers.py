@@ -75,6 +75,7 @@ def merge(
     original = Checkpoint(folder)
     for name in targets:
         if is_packed(layer := model.get_submodule(name)):
+            assert name not in (matrices or {}), "a recipe with cores beside a quantized backbone is refused"
             past_branch(model, name, _embeddings(model)).hold(updates.get(name, ()))
             continue
         weight = layer.weight

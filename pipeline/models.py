@@ -162,8 +162,16 @@ def packed_layers(model: nn.Module) -> list[nn.Linear]:
 
 
 def skeleton(folder: Path, family: str) -> PreTrainedModel:
-    """The backbone's modules without weights (on torch's meta device), for counting parameters."""
+    """The backbone's modules without weights (on torch's meta device), for counting parameters.
+
+    Raises `UserError` for a checkpoint that was saved quantized.
+    """
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"model.path: {folder}: its config.json has a quantization_config, and packed weights cannot be read back; "
+            "give the full checkpoint, and model.quantization: nf4 or int8"
+        )
     with torch.device("meta"):
         model: PreTrainedModel = CLASSES[family](config)
     return model

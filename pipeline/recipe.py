@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from data_prep.errors import UserError
 from data_prep.orders import order_tasks
+from pipeline.recipe_combinations import check_adapter, check_bits
 from pipeline.recipe_faults import fault_lines, render_faults
 from pipeline.recipe_groups import (
     SYNTHETIC,
@@ -112,69 +113,10 @@ class Recipe(Group):
         return {**raw, "adapter": {**papers, **own, "kind": "triplet"}}
 
     @model_validator(mode="after")
-    def _fitting_adapter(self) -> Self:
-        kind = self.adapter.kind
-        if (kind == "triplet") != (self.method.name == "lbcl"):
-            raise ValueError(
-                f"adapter.kind: {kind} does not go with {self.method.name}: triplets are lbcl's alone, and it trains "
-                "nothing else; leave adapter.kind out for the method's own"
-            )
-        if kind != "lora" and self.method.name in ("inclora", "olora", "pertask"):
-            raise ValueError(
-                f"adapter.kind: {kind} is one module through the stream, and {self.method.name} needs a new LoRA for "
-                "each task; use method=seqlora or method=pegp, or adapter=lora"
-            )
-        if kind != "lora" and self.method.name == "gorp":
-            raise ValueError(
-                f"adapter.kind: {kind} has no place in gorp, which trains LoRA and full-rank cores; use adapter=lora, "
-                "or method=pegp"
-            )
-        if self.method.name == "mtl":
-            self._one_training()
-        if kind == "prefix" and self.engine.gradient_checkpointing:
-            raise ValueError(
-                "engine.gradient_checkpointing: true recomputes layers without the cache that holds the prefix; "
-                "set it to false, or choose another adapter"
-            )
+    def _fitting_groups(self) -> Self:
+        check_adapter(self.adapter, self.method, self.training, self.engine)
+        check_bits(self.model, self.method, self.training, self.engine)
         return self
-
-    @model_validator(mode="after")
-    def _fitting_bits(self) -> Self:
-        """What cannot be done with few bits, with the reason."""
-        packed, method = self.model.quantization, self.method
-        cores = isinstance(method, Gorp) and method.trains_cores
-        if packed == "int8" and self.engine.zero == 3:
-            raise ValueError(
-                "model.quantization: int8 gains nothing in engine.zero: 3, since bitsandbytes keeps a whole copy of "
-                "the weights on every rank beside the scattered one; set engine.zero: 2, or model.quantization: nf4"
-            )
-        if packed is not None and cores:
-            raise ValueError(
-                f"model.quantization: {packed} leaves gorp's cores no weight that they could be merged into; set "
-                "method.parts: B+S (LoRA alone), or model.quantization: null"
-            )
-        moments = cores or getattr(method, "gradient_space", None) == "first_moment"
-        if self.training.optimizer == "adamw_8bit" and moments:
-            raise ValueError(
-                "training.optimizer: adamw_8bit keeps moments in 8 bits, and gorp's spaces and cores are made of "
-                "moments; set training.optimizer: adamw"
-            )
-        return self
-
-    def _one_training(self) -> None:
-        """What tasks that are trained together cannot each have."""
-        given = [
-            f"training.per_task.{name}.{key}"
-            for name, task in self.training.per_task.items()
-            for key in ("max_steps", "learning_rate")
-            if getattr(task, key) is not None
-        ]
-        given += ["training.max_steps"] if self.training.max_steps is not None else []
-        if given:
-            raise ValueError(
-                f"{given[0]}: mtl trains the rows of all tasks together, at one rate and each for its epochs; "
-                "set it to null"
-            )
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

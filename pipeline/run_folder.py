@@ -157,6 +157,7 @@ def run_facts(workload: Workload) -> dict[str, Any]:
             "path": recipe.model.path,
             "revision": recipe.model.revision,
             "fingerprint": workload.model_fingerprint,
+            "quantization": recipe.model.quantization,
         },
         "seed": recipe.seed,
         "recipe_sha256": recipe.sha256,

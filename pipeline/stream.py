@@ -236,7 +236,7 @@ class Stream:
         if not trained:
             return None
         if recipe.engine.zero == 3:
-            ctx.model.to("cpu")  # DeepSpeed takes its shards from there; the device never holds model and shards
+            ctx.model.to("cpu")  # DeepSpeed moves it back whole and scatters it: no second copy meanwhile
         module = LabelLoss(ctx.model, recipe.model.family)
         engine = TaskEngine(module, recipe.engine, task.training, self.ranks, self.method.groups())
         ctx.started(engine)

@@ -63,8 +63,11 @@ def _summed(
     with attached.observe(see):
         ctx.run_rows(rows, backward=False, task_index=task_index)
     # A rank whose share is empty has seen nothing, and adds zeros.
-    unseen = {space: torch.zeros(*shape, shape[-1]) for space, shape in shapes.items() if space not in moments.sums}
-    return {space: ctx.all_sum((moments.sums | unseen)[space]) for space in shapes}
+    found: dict[str, Tensor] = {}
+    for space, shape in shapes.items():  # one after another: each is let go of once its sum over ranks is there
+        mine = moments.sums.pop(space, None)
+        found[space] = ctx.all_sum(torch.zeros(*shape, shape[-1]) if mine is None else mine)
+    return found
 
 
 def _finite(total: Tensor) -> bool:

@@ -33,7 +33,7 @@ def apart(one: Mapping[str, Any], other: Mapping[str, Any], task: str) -> float:
 
 @pytest.mark.parametrize("case", full([*NF4, *OFFLOADED, *INT8], but=FAST), ids=str)
 def test_ranks_do_not_matter_to_a_quantized_backbone(runs, case: Case) -> None:
-    """methods.md 8.7, of both tasks; int8 rounds activations, of which no sum over ranks decides."""
+    """methods.md 8.7, of both tasks."""
     one, (first, second) = runs.one(case), runs.two(case)
     assert all(torch.equal(first["trained_2"][name], value) for name, value in second["trained_2"].items())
     assert runs.note(case, "1 vs 2 ranks, task 1", apart(first, one, "trained_1")) <= 1e-5

@@ -14,8 +14,8 @@ from torch import nn
 from data_prep.errors import UserError
 from pipeline.adapter_kinds import adapter_kind
 from pipeline.layers import full_rank_modules
+from pipeline.memory_estimate import full_rank_bytes_on_host
 from pipeline.models import load_backbone
-from pipeline.plan import full_rank_bytes_on_host
 from pipeline.recipe import Gorp, LoraAdapter, Recipe
 
 RECIPE = "recipes/tiny_t5_order1.yaml"

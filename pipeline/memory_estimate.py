@@ -1,0 +1,127 @@
+"""How much memory a rank's device needs, estimated from shapes: for `--plan`, and for what has no machine here."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from pipeline.adapter_kinds import trainable_parameters
+from pipeline.adapters.base import AdapterKind
+from pipeline.adapters.lora import LoraKind
+from pipeline.models import packed_layers
+from pipeline.recipe import Recipe
+from pipeline.workload import Workload
+
+LIVE = 1e9  # numbers that ZeRO 3 gathers at most (DeepSpeed's stage3_max_live_parameters)
+# Buffers as large as all float32 gradients, by ZeRO stage; two where communication overlaps.
+_BUFFERS = {0: 0, 1: 1, 2: 2, 3: 1}
+
+
+class LongestRow(NamedTuple):
+    """The most tokens of any training row, all of it and its label."""
+
+    tokens: int
+    label_tokens: int
+
+
+def longest_row(workload: Workload) -> LongestRow:
+    """Of all tasks."""
+    rows = [example for task in workload.tasks for example in task.train]
+    return LongestRow(
+        max(len(example.input_ids) + len(example.label_ids) for example in rows),
+        max(len(example.label_ids) for example in rows),
+    )
+
+
+def memory_per_rank(
+    recipe: Recipe, kind: AdapterKind, model: nn.Module, longest: LongestRow, *, world: int
+) -> dict[str, float]:
+    """Estimated bytes on one rank's device while a task trains, by part; `model` may be a skeleton."""
+    frozen, trained = frozen_bytes(recipe, model), trainable_parameters(kind, model)
+    stage, width = recipe.engine.zero, 2 if recipe.engine.precision == "bf16" else 4
+    # The 8-bit kind keeps two bytes instead of eight, and two float32 constants for each block of 256.
+    moments = 8 if recipe.training.optimizer == "adamw" else 2 + 2 * 4 / 256
+    # AdamW keeps two float32 moments; every ZeRO stage and bf16 a float32 master beside the forward's copy.
+    per_parameter = moments + (0 if stage == 0 else 4)
+    on_host = recipe.engine.offload != "none"
+    return {
+        "frozen weights": _frozen_on_device(recipe, frozen, world=world),
+        "adapter and its gradients": trained * (width + 4 / (world if stage >= 2 else 1)),
+        "gradients on their way to other ranks": trained * 4 * _BUFFERS[stage],
+        "optimizer": 0 if on_host else trained * per_parameter / (world if stage else 1),
+        "protected bases, at most": _bases_bytes(recipe, kind, model) * width / 4,
+        "activations of the longest micro-batch": _activation_bytes(recipe, longest, model, width),
+    }
+
+
+def _frozen_on_device(recipe: Recipe, frozen: float, *, world: int) -> float:
+    """ZeRO 3 scatters weights and gathers up to LIVE numbers of them; packed ones stay gathered until the backward."""
+    if recipe.engine.zero < 3 or recipe.model.quantization is not None:
+        return frozen
+    live = min(frozen, LIVE * (2.0 if recipe.engine.precision == "bf16" else 4.0))
+    if recipe.engine.offload == "parameters":
+        return live
+    return frozen / world + (live if world > 1 else 0.0)
+
+
+def _bases_bytes(recipe: Recipe, kind: AdapterKind, model: nn.Module) -> float:
+    """Of PEGP with LoRA, in float32: a projector holds k or d - k columns of d numbers a target, whichever is fewer."""
+    if recipe.method.name != "pegp" or not isinstance(kind, LoraKind):
+        return 0.0
+    layers: list[Any] = [model.get_submodule(name) for name in kind.targets]
+    return sum(2.0 * float(layer.in_features) ** 2 for layer in layers)
+
+
+def feature_bytes(recipe: Recipe, kind: AdapterKind, model: nn.Module) -> float:
+    """PEGP's second moments, d x d in float32 for each target: layers that share an input share one, so at most."""
+    return 2 * _bases_bytes(recipe, kind, model)
+
+
+def full_rank_bytes_on_host(kind: AdapterKind, model: nn.Module) -> int:
+    """A core's layer stands twice in each rank's memory, in float32: as the task found it, and as it is learnt."""
+    layers: list[Any] = [model.get_submodule(name) for name in getattr(kind, "cores", ())]
+    return 2 * 4 * sum(int(layer.weight.numel()) for layer in layers)
+
+
+def frozen_bytes(recipe: Recipe, model: nn.Module) -> float:
+    """Of a whole copy of the backbone, as it trains and as each rank scores with it.
+
+    4 bits come with 8 of a constant for each 64 numbers (and little more: Dettmers et al. 2023), 8 bits with a float32
+    constant a row.
+    """
+    width = 2 if recipe.engine.precision == "bf16" else 4
+    total = float(width * sum(parameter.numel() for parameter in model.parameters()))
+    bits = recipe.model.quantization
+    for layer in packed_layers(model) if bits else ():
+        packed = (
+            (0.5 + 1 / 64) * layer.weight.numel() if bits == "nf4" else layer.weight.numel() + 4 * layer.out_features
+        )
+        total += packed - width * layer.weight.numel()
+    return total
+
+
+def _activation_bytes(recipe: Recipe, longest: LongestRow, model: nn.Module, width: int) -> float:
+    """Korthikanti et al. 2022, section 4: s b h (34 + 5 a s / h) bytes per layer in 16 bits, twice in 32; with
+    recomputation the layer inputs and one layer; then logits at label positions, with their gradient.
+
+    T5's decoder reads the label alone, and of the encoder's output the keys and values of each cross-attention.
+    """
+    config: Any = model.config
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    rows, tokens, labels = recipe.training.micro_batch_size, longest.tokens, longest.label_tokens
+
+    def layer(positions: int) -> float:
+        return float(width * positions * rows * hidden * (34 + 5 * heads * positions / hidden) / 2)
+
+    stacks = [(config.num_hidden_layers, layer(tokens), tokens)]
+    if decoder_layers := getattr(config, "num_decoder_layers", 0):
+        crossed = rows * (2 * tokens * hidden + 5 / 2 * heads * labels * tokens) * width
+        stacks = [(config.num_hidden_layers, layer(tokens), tokens), (decoder_layers, layer(labels) + crossed, labels)]
+    # int8's layers keep their inputs by themselves, whatever is recomputed.
+    if recipe.engine.gradient_checkpointing and recipe.model.quantization != "int8":
+        body = sum(count * rows * positions * hidden * width for count, _, positions in stacks)
+        body += max(size for _, size, _ in stacks)
+    else:
+        body = sum(count * size for count, size, _ in stacks)
+    return float(body + 3 * 4 * rows * labels * config.vocab_size)
