@@ -26,6 +26,7 @@ from pipeline.stopping import StopRequest
 ADAPTERS = {
     "lora": LoraAdapter(rank=3, alpha=6, dropout=0.0),
     "shared": LoraAdapter(rank=3, alpha=6, dropout=0.0),
+    "wide": LoraAdapter(rank=64, alpha=128, dropout=0.0),  # above 4,096 numbers on either of two ranks
     "bottleneck": BottleneckAdapter(kind="bottleneck", width=7),
     "prompt": PromptAdapter(kind="prompt", length=3),
     "prefix": PrefixAdapter(kind="prefix", length=3),

@@ -8,11 +8,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from export_runs import Run, new_backbone
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.export import main
 
@@ -184,6 +185,20 @@ def test_whole_weights_are_no_tasks_own(
     assert f"--part task: the method gorp changed whole weights, such as {CORE}" in message
     assert main([str(run.folder), "--after", run.tasks[0], "--part", "task"]) == 0, "where none was changed, it is"
     capsys.readouterr()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_beside_a_quantized_backbone_nothing_is_merged(
+    tmp_path: Path, backbone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the line that loads the adapter quantizes its backbone."""
+    run = new_run(tmp_path, backbone, "model.quantization=nf4")
+    assert "beside a backbone quantized to nf4" in refused(capsys, run.folder, "--merged")
+    assert main([str(run.folder)]) == 0
+    found: dict[str, Any] = {}
+    exec(capsys.readouterr().out.splitlines()[1], found)
+    weights = [layer.weight for layer in found["model"].modules() if isinstance(layer, nn.Linear)]
+    assert any(weight.dtype == torch.uint8 for weight in weights)
 
 
 def test_merging_needs_the_same_backbone(tmp_path: Path, backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
+from data_prep.orders import ORDERS
 from eval.__main__ import main
 from eval.compared_runs import ComparedRun, expand, load_runs
 from eval.comparison import average, mcnemar, paired, row_interval
+from eval.published import figures_for
 
 ORDER = ["soil", "rivers"]
 LABELS = ["yes", "no"]
@@ -149,6 +151,15 @@ def test_runs_are_called_by_what_differs(tmp_path: Path) -> None:
     assert labels == ["gorp lora parts=B", "gorp lora parts=B+L", "gorp prompt", "inclora"]
     other = make_run(tmp_path / "e", RIGHT, recipe=recipe(method={"energy": 0.5}), method="gorp", model="models/other")
     assert load_runs([folders[0], other])[0].label == "gorp", "each backbone may have settings of its own"
+
+
+def test_a_quantized_backbone_is_another_one(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / "a", RIGHT, model={"path": "models/t5-large", "quantization": None})]
+    folders.append(make_run(tmp_path / "b", RIGHT, model={"path": "models/t5-large", "quantization": "nf4"}))
+    whole, packed = load_runs(folders)
+    assert (whole.backbone, packed.backbone) == ("t5-large", "t5-large (nf4)")
+    assert figures_for(whole.backbone, ORDERS["order1"]), "16 bits have published figures"
+    assert figures_for(packed.backbone, ORDERS["order1"]) == []
 
 
 def test_two_runs_of_the_same_are_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from data_prep.batches import collate, count_label_tokens
 from data_prep.errors import UserError
 from pipeline.checkpoints import backbone_folder, fingerprint
 from pipeline.label_loss import LabelLoss
-from pipeline.models import load_backbone, load_tokenizer, prepare_for_training
+from pipeline.models import load_backbone, load_tokenizer, prepare_for_training, skeleton
 from pipeline.recipe import Model
 
 FAMILIES = ("t5", "llama2")
@@ -214,6 +214,15 @@ def test_t5_tokenizer_keeps_its_own_padding(model_dir: Path) -> None:
     folder = next(path.parent for path in sorted(model_dir.glob("*t5*/spiece.model")))
     tokenizer = load_tokenizer(folder, "t5")
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<pad>", 0)
+
+
+def test_a_checkpoint_that_was_saved_quantized_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["t5"], tmp_path / "packed")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has a quantization_config"):
+        skeleton(folder, "t5")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

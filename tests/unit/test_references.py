@@ -93,3 +93,9 @@ def test_a_missing_or_damaged_reference_is_named(tmp_path: Path) -> None:
     damaged = reference(tmp_path / "run", matrix=None)
     with pytest.raises(UserError, match=r"results.json: damaged .* rebuild it: python -m eval"):
         read_references([damaged], FACTS)
+
+
+def test_a_quantized_backbone_is_another_one(tmp_path: Path) -> None:
+    folder = reference(tmp_path / "run", model=FACTS["model"] | {"quantization": "nf4"})
+    with pytest.raises(UserError, match="its backbone's quantization is nf4, here none"):
+        read_references([folder], FACTS)
