@@ -33,7 +33,7 @@ LARGE = [
     *cases((1, 2, 3), optimizer="adamw_8bit", adapter="wide"),
     *cases((2,), optimizer="adamw_8bit", adapter="wide", offload="optimizer"),
 ]
-FAST = [SHIPPED, LARGE[1], NF4[2], INT8[3], SMALL[2]]
+FAST = [SHIPPED, NF4[2]]
 
 
 def apart(one: Mapping[str, Any], other: Mapping[str, Any], task: str) -> float:
