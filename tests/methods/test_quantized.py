@@ -61,8 +61,13 @@ def method_of(folder: Path, family: str, name: str) -> Any:
     return new_method(folder, family, name, adapter if name == "lbcl" else LORA, **METHODS[name])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", METHODS)
+FAST = [("t5", "pegp"), ("llama2", "lbcl"), ("llama2", "gorp"), ("t5", "seqlora")]
+STREAMS = [(family, name) for family in FAMILIES for name in METHODS]
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [pair if pair in FAST else pytest.param(*pair, marks=pytest.mark.full) for pair in STREAMS]
+)
 def test_a_stream_beside_four_bits_is_the_stream_beside_their_values(folders, family: str, name: str) -> None:
     """Three tasks: what each trains differs by rounding alone, so the past's branch is what merging would have been."""
     plain, folder = folders[f"{family}-unpacked"], folders[family]
