@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from random_backbones import save_backbone
 from rank_cases import Case
 
@@ -27,30 +28,33 @@ FIGURES: dict[tuple[str, str], float] = {}
 class Group:
     """Some ranks, running the cases."""
 
-    def __init__(self, world: int, cases: list[Case], backbones: Path, out: Path) -> None:
+    def __init__(self, world: int, out: Path) -> None:
         self.world, self._out = world, out
-        out.mkdir()
-        (out / "cases").write_bytes(pickle.dumps(cases))
         self._log = out / "log"
+        self._ranks: list[subprocess.Popen[bytes]] = []
+
+    def start(self, cases: list[Case], backbones: Path) -> None:
+        """Start the ranks, who leave their results in the group's folder."""
+        self._out.mkdir()
+        (self._out / "cases").write_bytes(pickle.dumps(cases))
         seconds = sum(LONG_CASE_SECONDS if case.long else CASE_SECONDS for case in cases)
         self._deadline = time.monotonic() + START_SECONDS + seconds
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         paths = [HERE, HERE.parent, HERE.parent.parent]
-        self._ranks = []
-        for rank in range(world):
+        for rank in range(self.world):
             environment = os.environ | {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world),
+                "WORLD_SIZE": str(self.world),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": os.pathsep.join(map(str, paths)),
             }
             with self._log.open("ab") as log:
-                command = [sys.executable, HERE / "rank_worker.py", out / "cases", backbones, out]
+                command = [sys.executable, HERE / "rank_worker.py", self._out / "cases", backbones, self._out]
                 self._ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
 
     def wait(self) -> None:
@@ -102,21 +106,27 @@ class Runs:
 
 
 @pytest.fixture(scope="session")
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """All cases among the selected tests' parameters, run on 1 and on 2 ranks."""
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """All cases among the selected tests' parameters, run on 1 and on 2 ranks: once for all of pytest's workers."""
     parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     chosen = [value for parameter in parameters for value in parameter.values() if isinstance(value, Case)]
-    cases = list(dict.fromkeys(chosen))
-    folder = tmp_path_factory.mktemp("ranks")
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "ranks"
+    groups = {world: Group(world, folder / str(world)) for world in (1, 2)}
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            _run(list(dict.fromkeys(chosen)), groups, folder / "backbones")
+    return Runs(groups, folder / "backbones")
+
+
+def _run(cases: list[Case], groups: Mapping[int, Group], backbones: Path) -> None:
     for case in cases:
-        save_backbone(folder / "backbones" / case.backbone, case.family, dropout=case.dropout)
-    groups: dict[int, Group] = {}
+        save_backbone(backbones / case.backbone, case.family, dropout=case.dropout)
     try:
-        for world in (1, 2):
-            groups[world] = Group(world, cases, folder / "backbones", folder / str(world))
+        for group in groups.values():
+            group.start(cases, backbones)
         for group in groups.values():
             group.wait()
-        yield Runs(groups, folder / "backbones")
     finally:
         for group in groups.values():
             group.kill()
