@@ -11,16 +11,18 @@ from typing import Any
 from eval.compared_runs import ComparedRun
 from eval.comparison import Average, Difference, average, paired
 from eval.published import figures_for
+from eval.references import JOINT, PERTASK, transfer_between
 from eval.results import SCORES
 from eval.summary import number
 from eval.tables import markdown_table
 
 SCALARS = {"AA": "average_accuracy", "BWT": "backward_transfer", "LA": "learning_accuracy"}
-TRANSFER = {"Tr": "transfer_vs_pertask"}
+TRANSFER = "transfer_vs_pertask"
 SHORT = {"exact_match": "EM", "label_scoring": "LS"}
 READING = """\
 EM: exact match of free greedy generation, the headline; LS: constrained label scoring; in percent. AA: average
-accuracy after the last task; BWT: backward transfer; LA: learning accuracy; Tr: LA minus that of one model a task.
+accuracy after the last task; BWT: backward transfer; LA: learning accuracy; Tr: LA minus that of one model a task
+(the run's references, else the runs of pertask among these).
 Averages hold a bootstrap 95 % interval over runs (orders and seeds) and over the rows of each task in them: of one
 run, over rows alone. Differences are paired by row on one backbone, order and seed; their interval is over rows,
 task by task; p is that of the exact McNemar test over all rows. Of many differences, some are small by chance: no
@@ -33,7 +35,7 @@ def compare(runs: Sequence[ComparedRun], *, against: str | None) -> dict[str, An
     for run in sorted(runs, key=lambda run: (run.backbone, run.label, run.order, run.seed)):
         groups.setdefault((run.backbone, run.label), []).append(run)
     return {
-        "runs": [_row(run) for group in groups.values() for run in group],
+        "runs": [_row(run, runs) for group in groups.values() for run in group],
         "averages": [
             {
                 "backbone": backbone,
@@ -52,7 +54,7 @@ def compare(runs: Sequence[ComparedRun], *, against: str | None) -> dict[str, An
     }
 
 
-def _row(run: ComparedRun) -> dict[str, Any]:
+def _row(run: ComparedRun, runs: Sequence[ComparedRun]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "backbone": run.backbone,
         "method": run.label,
@@ -60,10 +62,20 @@ def _row(run: ComparedRun) -> dict[str, Any]:
         "seed": run.seed,
         "folder": str(run.folder),
     }
-    for short, key in (SCALARS | TRANSFER).items():
+    for short, key in SCALARS.items():
         for score in SCORES:
-            row[f"{short} {SHORT[score]}"] = run.results.get(key) and run.scalar(key, score)
+            row[f"{short} {SHORT[score]}"] = run.scalar(key, score)
+    for score in SCORES:
+        row[f"Tr {SHORT[score]}"] = _transfer(run, runs, score)
     return row
+
+
+def _transfer(run: ComparedRun, runs: Sequence[ComparedRun], score: str) -> float | None:
+    if run.results["method"] in (PERTASK, JOINT):
+        return None
+    if any(found["method"] == PERTASK for found in run.results.get("references", [])):
+        return run.scalar(TRANSFER, score)
+    return transfer_between(run.results, [other.results for other in runs], score)
 
 
 def _plain(found: Average | Difference | None) -> dict[str, Any] | None:
@@ -133,9 +145,8 @@ def to_markdown(content: Mapping[str, Any]) -> str:
 
 
 def _runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    named = SCALARS | (
-        TRANSFER if any(row[f"Tr {SHORT[score]}"] is not None for row in rows for score in SCORES) else {}
-    )
+    transfer = any(row[f"Tr {SHORT[score]}"] is not None for row in rows for score in SCORES)
+    named = [*SCALARS, "Tr"] if transfer else SCALARS
     header = ["method", "backbone", "order", "seed", *(f"{short}, EM / LS" for short in named)]
     lines = [
         [row["method"], row["backbone"], row["order"], str(row["seed"])]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from eval.accuracy import AccuracyMatrix
 from eval.run_files import read_object
 
 PERTASK, JOINT = "pertask", "mtl"
@@ -32,6 +33,29 @@ def single_task_scores(references: Sequence[Mapping[str, Any]], task: str, score
 def reference_averages(reference: Mapping[str, Any], order: Sequence[str]) -> dict[str, float | None]:
     """By score, the reference's mean over the tasks of `order`; None where it lacks one."""
     return {score: _mean([reference[score].get(task) for task in order]) for score in SCORES}
+
+
+def transfer_between(results: Mapping[str, Any], others: Sequence[Mapping[str, Any]], score: str) -> float | None:
+    """`transfer_vs_pertask` of one run's `results` against those of the `pertask` runs among `others` that fit it.
+
+    A task's score alone is the mean over those that have it. None where a task has none, or was not scored by the run.
+    """
+    found = [
+        {score: _scores(other["order"], other["matrix"][score], PERTASK)} | {"method": PERTASK}
+        for other in others
+        if other["method"] == PERTASK and _known(other) and _known(results) and _fault(other, results) is None
+    ]
+    order = results["order"]
+    scores = [single_task_scores(found, task, score) for task in order]
+    matrix = {"tasks": order, "matrix": results["matrix"][score], "untrained": results["untrained"][score]}
+    alone = [_mean(one) for one in scores]
+    return AccuracyMatrix.from_json(matrix).scalars([None] * len(order), alone)["transfer_vs_pertask"]
+
+
+def _known(results: Mapping[str, Any]) -> bool:
+    """Whether there is what `_fault` compares; runs of earlier releases lack some of it."""
+    model = results["model"]
+    return isinstance(model, Mapping) and "fingerprint" in model and results["settings"].keys() >= set(SHARED)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -70,19 +94,32 @@ def _read(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(place: str, results: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    theirs, ours = results["model"]["fingerprint"], facts["model"]["fingerprint"]
+    rows = {
+        task: {part: found[f"{part}_fingerprint"] for part in ("train", "evaluation")}
+        for task, found in facts["data"].items()
+    }
+    if fault := _fault(results, {**facts, "data_fingerprints": rows}):
+        raise UserError(f"{place}: {fault}")
+
+
+def _fault(reference: Mapping[str, Any], run: Mapping[str, Any]) -> str | None:
+    """Why the scores of `reference` cannot stand beside those of `run`: both with the keys of results.json."""
+    theirs, ours = reference["model"]["fingerprint"], run["model"]["fingerprint"]
     if theirs != ours:
-        raise UserError(f"{place}: its backbone is another one ({theirs[:12]}, here {ours[:12]})")
-    theirs, ours = results["model"].get("quantization"), facts["model"].get("quantization")
+        return f"its backbone is another one ({theirs[:12]}, here {ours[:12]})"
+    theirs, ours = reference["model"].get("quantization"), run["model"].get("quantization")
     if theirs != ours:
-        raise UserError(f"{place}: its backbone's quantization is {theirs or 'none'}, here {ours or 'none'}")
+        return f"its backbone's quantization is {theirs or 'none'}, here {ours or 'none'}"
     for key in SHARED:
-        if results["settings"][key] != facts["settings"][key]:
-            raise UserError(f"{place}: its {key} is {results['settings'][key]!r}, here {facts['settings'][key]!r}")
-    common = [task for task in facts["order"] if task in results["data_fingerprints"]]
+        theirs, ours = reference["settings"][key], run["settings"][key]
+        if theirs != ours:
+            return f"its {key} is {theirs!r}, here {ours!r}"
+    rows, own = reference["data_fingerprints"], run["data_fingerprints"]
+    common = [task for task in run["order"] if task in rows]
     if not common:
-        raise UserError(f"{place}: none of this run's tasks; it has {', '.join(results['order'])}")
+        return f"none of this run's tasks; it has {', '.join(reference['order'])}"
     for task in common:
         for part in ("train", "evaluation"):
-            if results["data_fingerprints"][task][part] != facts["data"][task][f"{part}_fingerprint"]:
-                raise UserError(f"{place}: its {part} rows of {task} are others than this run's")
+            if rows[task][part] != own[task][part]:
+                return f"its {part} rows of {task} are others than this run's"
+    return None

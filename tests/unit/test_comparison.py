@@ -20,6 +20,7 @@ from data_prep.orders import ORDERS
 from eval.__main__ import main
 from eval.compared_runs import ComparedRun, expand, load_runs
 from eval.comparison import average, mcnemar, paired, row_interval
+from eval.comparison_report import compare, to_markdown
 from eval.published import figures_for
 
 ORDER = ["soil", "rivers"]
@@ -223,6 +224,24 @@ def test_the_command_compares_and_writes(tmp_path: Path, capsys: pytest.CaptureF
     assert "--against: no run of 'gorp'; there are inclora, olora, pegp" in capsys.readouterr().err
     assert main([f"{tmp_path}/absent*"]) == 2
     assert "matches no folder" in capsys.readouterr().err
+
+
+def test_models_of_a_task_each_give_the_transfer(tmp_path: Path) -> None:
+    model = {"path": "models/mini-x", "family": "t5", "fingerprint": "f" * 64}
+    settings = {"cells": "diagonal_and_last", "split": "test", "steps": {"soil": 3, "rivers": 3}}
+    settings |= dict.fromkeys(("decoding", "add_task_name", "add_dataset_name", "max_source_tokens", "truncation"))
+    alone = {"soil": [True, False, False, False], "rivers": [False, False]}
+    make_run(tmp_path / "run", RIGHT, model=model, settings=settings)
+    make_run(tmp_path / "alone", alone, model=model, settings=settings, method="pertask")
+    make_run(tmp_path / "other", RIGHT, model=model | {"fingerprint": "e" * 64}, settings=settings, seed=2)
+    make_run(tmp_path / "old", RIGHT, seed=3)
+    folders = [tmp_path / name for name in ("run", "alone", "other", "old")]
+    content = compare(load_runs(folders), against=None)
+    found = {Path(run["folder"]).name: (run["Tr EM"], run["Tr LS"]) for run in content["runs"]}
+    gained = np.mean([100 * np.mean(RIGHT[task]) - 100 * np.mean(alone[task]) for task in ORDER])
+    assert found["run"] == (pytest.approx(gained), 0.0)
+    assert found["alone"] == found["other"] == found["old"] == (None, None)
+    assert "LA, EM / LS | Tr, EM / LS |" in to_markdown(content)
 
 
 def test_runs_unlike_each_other_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
