@@ -20,7 +20,8 @@ from pipeline.layers import is_packed, merge, target_modules
 from pipeline.memory_estimate import frozen_bytes
 from pipeline.models import load_backbone, skeleton
 from pipeline.models import packed_layers as expected_packed_layers
-from pipeline.recipe import Recipe, TripletAdapter
+from pipeline.recipe import Recipe
+from pipeline.recipe_groups import BottleneckAdapter, PrefixAdapter, PromptAdapter, TripletAdapter
 
 FAMILIES = ("t5", "llama2")
 # eps 1e-4: with 1e-8 Adam turns rounding noise in near-zero gradients into steps of full size (methods.md 8.7).
@@ -32,6 +33,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "pegp": {"energy": 0.7, "feature_samples": 8},
     "gorp": {"parts": "B+S"},
     "lbcl": {"seed_samples": 4},
+    "pertask": {},
+}
+ADAPTERS: dict[str, Any] = {  # in the place of a LoRA; through a stream by seqlora
+    "lbcl": TripletAdapter(kind="triplet", rank=3, dropout=0.0, target_modules="all_linear"),
+    "bottleneck": BottleneckAdapter(kind="bottleneck", width=3),
+    "prompt": PromptAdapter(kind="prompt", length=3),
+    "prefix": PrefixAdapter(kind="prefix", length=3),
 }
 
 
@@ -57,12 +65,12 @@ def packed_layers(model: nn.Module) -> list[str]:
 
 
 def method_of(folder: Path, family: str, name: str) -> Any:
-    adapter = TripletAdapter(kind="triplet", rank=3, dropout=0.0, target_modules="all_linear")
-    return new_method(folder, family, name, adapter if name == "lbcl" else LORA, **METHODS[name])
+    method = name if name in METHODS else "seqlora"
+    return new_method(folder, family, method, ADAPTERS.get(name, LORA), **METHODS[method])
 
 
-FAST = [("t5", "pegp"), ("llama2", "lbcl"), ("llama2", "gorp"), ("t5", "seqlora")]
-STREAMS = [(family, name) for family in FAMILIES for name in METHODS]
+FAST = [("t5", "pegp"), ("llama2", "lbcl"), ("llama2", "gorp"), ("t5", "bottleneck")]
+STREAMS = [(family, name) for family in FAMILIES for name in (*METHODS, "bottleneck", "prompt", "prefix")]
 
 
 @pytest.mark.parametrize(
@@ -105,6 +113,32 @@ def test_the_past_stands_beside_the_weight_and_is_replaced(folders, family: str,
         assert branch.base is base
         expected = plain + sum(part.scale * x @ part.A.mT @ part.B.mT for part in past)
         torch.testing.assert_close(branch(x), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_task_is_scored_with_its_own_model_beside_four_bits(folders, family: str) -> None:
+    plain, folder = folders[f"{family}-unpacked"], folders[family]
+    targets = target_modules(load_backbone(plain, family, dtype=torch.float32), family, "all_linear")
+    method = method_of(folder, family, "pertask")
+    for task in (1, 2):
+        learn(folder, family, method, task, training=CALM, quantization="nf4")
+    models: Any = (
+        load_backbone(plain, family, dtype=torch.float32),
+        load_backbone(folder, family, dtype=torch.float32, quantization="nf4"),
+    )
+    seen = []
+    for task in (1, 2, None, 1):
+        method.begin_evaluation("", task)
+        for model, where in zip(models, (plain, folder), strict=True):
+            merge(model, where, targets, method.active())
+        ids = torch.arange(2, 14).view(2, 6)
+        labels = {"decoder_input_ids": ids} if family == "t5" else {}
+        wanted, found = (model.eval()(input_ids=ids, **labels).logits for model in models)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        seen.append(found)
+    first, second, bare, again = seen
+    assert torch.equal(first, again)
+    assert min((first - second).abs().max(), (first - bare).abs().max(), (second - bare).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
