@@ -118,10 +118,24 @@ def _activation_bytes(recipe: Recipe, longest: LongestRow, model: nn.Module, wid
     if decoder_layers := getattr(config, "num_decoder_layers", 0):
         crossed = rows * (2 * tokens * hidden + 5 / 2 * heads * labels * tokens) * width
         stacks = [(config.num_hidden_layers, layer(tokens), tokens), (decoder_layers, layer(labels) + crossed, labels)]
-    # int8's layers keep their inputs by themselves, whatever is recomputed.
-    if recipe.engine.gradient_checkpointing and recipe.model.quantization != "int8":
+    if recipe.engine.gradient_checkpointing:
         body = sum(count * rows * positions * hidden * width for count, _, positions in stacks)
-        body += max(size for _, size, _ in stacks)
+        body += max(size for _, size, _ in stacks) + _kept_inputs_bytes(recipe, longest, model, width)
     else:
         body = sum(count * size for count, size, _ in stacks)
     return float(body + 3 * 4 * rows * labels * config.vocab_size)
+
+
+def _kept_inputs_bytes(recipe: Recipe, longest: LongestRow, model: nn.Module, width: int) -> float:
+    """bitsandbytes' int8 layers keep what they read themselves, out of recomputation's sight; at most, each its own."""
+    if recipe.model.quantization != "int8":
+        return 0.0
+
+    def positions(name: str) -> int:
+        reads_labels = name.startswith("decoder.") and not name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+        return longest.label_tokens if reads_labels else longest.tokens
+
+    packed = set(packed_layers(model))
+    layers: list[tuple[str, Any]] = [(name, layer) for name, layer in model.named_modules() if layer in packed]
+    inputs = sum(positions(name) * layer.in_features for name, layer in layers)
+    return float(recipe.training.micro_batch_size * inputs * width)

@@ -41,3 +41,16 @@ def test_the_estimate_is_what_a_hand_computes() -> None:
     inputs, block = 32 * 522 * 4 * 4096 * 2, 522 * 4 * 4096 * (34 + 5 * 32 * 522 / 4096)
     logits = 3 * 4 * 4 * 10 * 32000
     assert parts["activations of the longest micro-batch"] == pytest.approx(inputs + block + logits)
+
+
+def test_recomputation_cannot_drop_what_int8_layers_read() -> None:
+    """LLaMA-2-7B: each of 32 blocks has q, k, v, o, gate and up over 4096 numbers and down over 11008."""
+    model = llama(*SHAPES["LLaMA-2-7B"])
+    activations = {}
+    for bits in ("nf4", "int8"):
+        recipe = Recipe.load("recipes/llama2_order1.yaml", [f"model.quantization={bits}", "method=inclora"])
+        kind = adapter_kind(recipe.adapter, model, "llama2", recipe.method)
+        parts = memory_per_rank(recipe, kind, model, LongestRow(522, 10), world=1)
+        activations[bits] = parts["activations of the longest micro-batch"]
+    kept = 32 * (6 * 4096 + 11008) * 522 * 4 * 2  # tokens, rows, bytes
+    assert activations["int8"] - activations["nf4"] == pytest.approx(kept)
