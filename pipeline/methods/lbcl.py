@@ -6,6 +6,7 @@ left and right singular vectors join the bases that later changes stay outside o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,7 +50,10 @@ class InjectedTriplets(ProjectingMethod[LbCl]):
     # ---- a task's start
 
     def begin_task(self, ctx: TaskContext) -> None:
-        """Inject old triplets into the task's new ones, behind their projectors; note what that does to the loss."""
+        """Inject old triplets into the task's new ones, behind their projectors; note what that does to the loss.
+
+        Raises `FeaturesNotFinite` where a sensitivity or that loss is not finite.
+        """
         seeds, others = self._seed_rows(ctx)
         self._start = {}
         if not self._past:
@@ -73,7 +77,8 @@ class InjectedTriplets(ProjectingMethod[LbCl]):
         wanted = self.settings.seed_samples
         assert wanted <= ctx.row_count, "checked when the recipe was read"
         drawn = torch.randperm(ctx.row_count, generator=ctx.generator("seed samples")).tolist()
-        return sorted(drawn[:wanted]), sorted(drawn[wanted : wanted + OTHER_ROWS])
+        # From the end: the same others, however many seed samples there are.
+        return sorted(drawn[:wanted]), sorted(drawn[max(wanted, len(drawn) - OTHER_ROWS) :])
 
     def _injection(self, ctx: TaskContext, rows: Sequence[int]) -> tuple[dict[str, Tensor], float]:
         """The starts of the layers within reach, rank 0's, and the rows' loss without them.
@@ -234,7 +239,12 @@ class InjectedTriplets(ProjectingMethod[LbCl]):
 def _jump(
     name: str, rows: Sequence[int], before: tuple[float, float | None], now: tuple[float, float | None]
 ) -> dict[str, Any]:
-    """What injection does before training: (loss, share of rows that are right, where that was looked at)."""
+    """What injection does before training: (loss, share of rows that are right, where that was looked at).
+
+    Raises `FeaturesNotFinite` where a loss is not finite.
+    """
+    if not math.isfinite(before[0] + now[0]):
+        raise FeaturesNotFinite("the output", list(rows))
     found: dict[str, Any] = {"jump_on": name, "rows": len(rows)}
     found |= {"loss_at_random": before[0], "loss_injected": now[0]}
     return found | {"right_at_random": before[1], "right_injected": now[1]}

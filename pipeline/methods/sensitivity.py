@@ -46,7 +46,7 @@ def measure_sensitivity(
         loss = ctx.run_rows(rows, backward=True)
     found = {}
     for name in past:
-        layer = sums.pop(name)  # one after another: each is as large as the layer's old triplets
+        layer = sums.pop(name)  # one after another: each, in float64, is twice as large as the layer's old triplets
         found[name] = layer.result(ctx.all_sum(layer.packed()), len(rows))
     return found, loss
 
@@ -69,45 +69,47 @@ def _told(layer: _LayerSums, _: nn.Module, inputs: tuple[Any, ...], output: Any)
 class _LayerSums:
     """One layer's gradients with respect to its old triplets, added up over micro-batches.
 
-    The triplets rest on the CPU and are on the device while the layer's backward runs; of `batch`, gradients of their
-    size stay there until the pass is over.
+    The triplets rest on the CPU and are on the device while the layer's backward runs; the sums lie on the CPU.
     """
 
     def __init__(self, past: Sequence[Triplets], scale: float, how: str) -> None:
-        self._shape = len(past), past[0].sigma.numel()
-        self._U = torch.cat([part.U for part in past], dim=1).float()  # [d_out, R]
-        self._sigma = torch.cat([part.sigma for part in past]).float()  # [R]
-        self._V = torch.cat([part.V for part in past]).float()  # [R, d_in]
+        self._past = past
         self._scale, self._per_sample = scale, how == "per_sample"
-        (d_out, R), d_in = self._U.shape, self._V.shape[1]
+        r, d_out, d_in = past[0].sigma.numel(), past[0].U.shape[0], past[0].V.shape[1]
+        R = r * len(past)
+        self._shape = len(past), r
         self._sizes = [1, R] if self._per_sample else [1, R, d_out * R, R * d_in]
-        self._sums = [torch.zeros(size) for size in self._sizes]  # squares, then scores or the three gradients
+        self._sums = [torch.zeros(()) for _ in self._sizes]  # squares, then scores or the three gradients
+
+    def _joined(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All old U [d_out, R], sigma [R] and V [R, d_in]."""
+        U, sigma, V = zip(*((part.U, part.sigma, part.V) for part in self._past), strict=True)
+        return torch.cat(U, dim=1).to(like), torch.cat(sigma).to(like), torch.cat(V).to(like)
 
     def add(self, x: Tensor, g: Tensor) -> None:
         """Add one micro-batch's inputs [b, n, d_in] and output gradients [b, n, d_out]."""
         x, g = x.to(torch.promote_types(x.dtype, torch.float32)), g.to(torch.promote_types(g.dtype, torch.float32))
-        U, sigma, V = self._U.to(x), self._sigma.to(x), self._V.to(x)
+        U, sigma, V = self._joined(x)
         along_v, along_u = x @ V.mT, g @ U  # [b, n, R]
         d_sigma = self._scale * (along_v * along_u).sum(dim=1)  # [b, R]
         d_U = self._scale * sigma * (g.mT @ along_v)  # [b, d_out, R]
         d_V = self._scale * sigma[:, None] * (along_u.mT @ x)  # [b, R, d_in]
-        squares = sum(gradient.double().square().sum() for gradient in (d_sigma, d_U, d_V))
-        assert isinstance(squares, Tensor)
+        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in (d_sigma, d_U, d_V)])
         if self._per_sample:
             found = [_scores((U, sigma, V), (d_U, d_sigma, d_V)).sum(dim=0)]
         else:
             found = [d_sigma.sum(dim=0), d_U.sum(dim=0).flatten(), d_V.sum(dim=0).flatten()]
-        for index, part in enumerate([squares[None], *found]):
-            self._sums[index] = self._sums[index].to(part.device) + part
+        for index, part in enumerate([norms.double().square().sum()[None], *found]):
+            self._sums[index] = self._sums[index] + part.cpu()
 
     def packed(self) -> Tensor:
-        """All sums, flat, float64, on the CPU."""
-        return torch.cat([part.cpu().double() for part in self._sums])
+        """All sums, flat, float64, on the CPU; zeros on a rank that had no row."""
+        return torch.cat([part.double().expand(size) for part, size in zip(self._sums, self._sizes, strict=True)])
 
     def result(self, packed: Tensor, row_count: int) -> LayerSensitivity:
         """From the sums over all ranks."""
         squares, *parts = packed.split(self._sizes)
-        U, sigma, V = self._U.double(), self._sigma.double(), self._V.double()
+        U, sigma, V = self._joined(packed)
         if self._per_sample:
             scores = parts[0]  # a row's share of the mean loss over N rows has the gradient g_b, its own loss N g_b
         else:

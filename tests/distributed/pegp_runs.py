@@ -40,7 +40,11 @@ def settings(case: Case) -> Pegp | OLora | Gorp | LbCl:
         return OLora(name="olora", lambda_1=0.5, lambda_2=0.1)
     if case.method == "lbcl":
         common: Any = {"name": "lbcl", "seed_samples": 5, "sigma_lr": 2e-2}
-        return LbCl(mode="literal", **common) if case.mode == "literal" else LbCl(project=case.project, **common)
+        return (
+            LbCl(mode="literal", sensitivity="per_sample", **common)
+            if case.mode == "literal"
+            else LbCl(project=case.project, **common)
+        )
     lora = "shared" if case.adapter == "shared" else "per_task"
     if case.method == "gorp":
         cores: Any = {"core_rank": 3, "refresh_every": 2, "full_rank_lr": 1e-2, "svd": case.svd}

@@ -12,12 +12,15 @@ from one_rank import context, learn, learns_alike_from_its_stage, new_method, ro
 from plain_reference import Float64
 from random_backbones import random_examples
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data_prep.errors import UserError
 from pipeline.adapters.triplet import PARTS, TripletLinear, Triplets, triplets_of
 from pipeline.label_loss import LabelLoss
 from pipeline.methods.injection import injected
 from pipeline.methods.sensitivity import measure_sensitivity
+from pipeline.projection.features import FeaturesNotFinite
 from pipeline.projection.subspace import Subspace
 from pipeline.recipe import LbCl, Recipe, TripletAdapter
 from pipeline.workload import Alone, load_workload
@@ -121,14 +124,51 @@ def test_sensitivities_equal_autograd_through_separate_modules(folders: dict[str
         assert not any(module._forward_hooks for module in ctx.model.modules()), "no hook is left"
 
 
-def test_the_pass_forms_nothing_of_a_weights_size(folders: dict[str, Path]) -> None:
-    """No d_out x d_in gradient: weights stay without one."""
+class Shapes(TorchDispatchMode):
+    """Notes the last two dimensions of every tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func not in VIEWS:
+            self.seen |= {tuple(t.shape[-2:]) for t in tree_leaves(made) if isinstance(t, Tensor)}
+        return made
+
+
+VIEWS = (torch.ops.aten.t.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
+
+@pytest.mark.parametrize("how", ["batch", "per_sample"])
+def test_the_pass_forms_nothing_of_a_weights_size(folders: dict[str, Path], how: str) -> None:
+    """No d_out x d_in gradient, of layers whose shape no other tensor of the pass has."""
     folder = folders["t5"]
     method = lbcl(folder, "t5")
     learn(folder, "t5", method, 1)
     ctx = context(folder, "t5", method, 2)
-    measure_sensitivity(ctx, method._old_triplets(), [0, 1], scale=4.0, how="batch")
-    assert all(parameter.grad is None for parameter in ctx.model.parameters())
+    shapes = {tuple(ctx.model.get_submodule(name).weight.shape) for name in method.kind.targets}
+    with Shapes() as without:
+        ctx.run_rows([0, 1], backward=False)
+    with Shapes() as made:
+        measure_sensitivity(ctx, method._old_triplets(), [0, 1], scale=4.0, how=how)
+    looked_at = {shape for shape in shapes if not {shape, shape[::-1]} & without.seen}
+    assert len(looked_at) >= 2
+    assert not {(d_out, d_in) for d_out, d_in in looked_at if {(d_out, d_in), (d_in, d_out)} & made.seen}
+
+
+@pytest.mark.parametrize("where", ["sensitivity", "loss"])
+def test_what_is_not_finite_before_a_task_is_told(folders: dict[str, Path], where: str) -> None:
+    folder = folders["llama2"]
+    method = lbcl(folder, "llama2", init="with_sigma" if where == "sensitivity" else "random")
+    learn(folder, "llama2", method, 1)
+    ctx = context(folder, "llama2", method, 2)
+    with torch.no_grad():
+        ctx.model.get_submodule(method.kind.targets[-1]).weight[0, 0] = torch.nan
+    with pytest.raises(FeaturesNotFinite) as caught:
+        method.begin_task(ctx)
+    assert caught.value.rows == method._seed_rows(ctx)[0]
 
 
 # ---- the start
@@ -330,6 +370,38 @@ def test_nothing_leaks_into_the_joint_bases(folders: dict[str, Path], family: st
 
 
 @pytest.mark.parametrize("projection", ["joint", "sum"])
+def test_gradients_are_projected_on_the_old_vectors(folders: dict[str, Path], projection: str) -> None:
+    """Joint: outside the old span. Sum, the paper's: less the projection on each old vector, one by one."""
+    folder = folders["t5"]
+    method = lbcl(folder, "t5", project="gradient", projection=projection)
+    for task in (1, 2):
+        learn(folder, "t5", method, task)
+    method.begin_task(context(folder, "t5", method, 3))
+    draw = torch.Generator().manual_seed(5)
+    for name, parameter in method._attached.parameters.items():
+        layer, _, part = name.rpartition(".")
+        gradient = torch.randn(parameter.shape, generator=draw)
+        (parameter * gradient).sum().backward()
+        found = parameter.grad
+        if part == "sigma":
+            assert torch.equal(found, gradient)
+            continue
+        columns, projected = (gradient, found) if part == "U" else (gradient.T, found.T)  # [d, r]
+        if projection == "joint":
+            Q = method.memory[name].basis
+            expected = columns - Q @ Q.T @ columns
+            assert (Q.T @ projected).norm() <= 1e-5 * columns.norm()
+        else:
+            expected = columns.clone()
+            for triplets in method._old_triplets()[layer]:
+                for vector in triplets.U.unbind(1) if part == "U" else triplets.V.unbind(0):
+                    unit = vector / vector.norm()
+                    expected -= torch.outer(unit, unit @ columns)
+        assert (projected - expected).norm() <= 1e-5 * expected.norm()
+        assert (expected - columns).norm() > 1e-2 * columns.norm()
+
+
+@pytest.mark.parametrize("projection", ["joint", "sum"])
 def test_projecting_gradients_alone_leaks(folders: dict[str, Path], projection: str) -> None:
     """It shows that the measurement above can fail."""
     folder = folders["llama2"]
@@ -389,9 +461,10 @@ def test_a_layer_without_a_free_direction_gets_no_triplets(folders: dict[str, Pa
     fill(f"{half}.U", f"{gone}.U", f"{gone}.V")
     method.begin_task(context(folder, "llama2", method, 2))
     start = method._trained[f"{half}.U"].start
+    start_of_V = method._trained[f"{half}.V"].start
     second = learn(folder, "llama2", method, 2)
     assert torch.equal(second[f"{half}.U"], start)
-    assert not torch.equal(second[f"{half}.V"], method._start.get(f"{half}.V", torch.zeros(1)))
+    assert not torch.equal(second[f"{half}.V"], start_of_V)
     assert not [name for name in second if name.startswith(f"{gone}.")]
     assert {record["space"] for record in method.records() if record.get("closed")} == {f"{gone}.U", f"{gone}.V"}
     assert len(method.active()[gone]) == 1
