@@ -19,10 +19,12 @@ from benchmarks.pairs import Report, write_json
 from benchmarks.streams import MODELS
 from benchmarks.training import Ours
 from data_prep.errors import UserError
+from eval.decode import predict
 from pipeline.engine import Ranks
-from pipeline.memory_estimate import frozen_bytes, longest_row, memory_per_rank
+from pipeline.memory_estimate import frozen_bytes, longest_row, longest_scored, memory_per_rank, scoring_bytes
 from pipeline.models import skeleton
 from pipeline.recipe import Recipe
+from pipeline.weights import Weights
 from pipeline.workload import Alone, Workload, load_workload
 
 SETTINGS: Sequence[Sequence[str]] = (
@@ -82,6 +84,41 @@ def compare(report: Report, name: str, changes: Sequence[str], ranks: Ranks) -> 
     )
 
 
+def compare_scoring(report: Report, name: str, ranks: Ranks) -> None:
+    """The same of scoring a batch of the longest prompts of the recipe's task with the most tokens."""
+    recipe = Recipe.load(f"recipes/{name}_order1.yaml", ["method=inclora"])
+    workload = load_workload(recipe, Alone())
+    model = Weights(workload, ranks.device).model({})
+    longest = longest_scored(workload)
+    task = next(
+        task for task in workload.tasks if longest.prompt_tokens in [len(row.input_ids) for row in task.evaluation]
+    )
+    rows = sorted(task.evaluation, key=lambda row: len(row.input_ids))[-recipe.evaluation.batch_size :]
+    labels = {"labels": task.data.task.labels, "label_ids": task.label_ids, "label_scoring": True}
+
+    def score() -> None:
+        predict(
+            model,
+            workload.tokenizer,
+            rows,
+            family=recipe.model.family,
+            batch_size=recipe.evaluation.batch_size,
+            max_new_tokens=recipe.evaluation.max_new_tokens,
+            **labels,
+        )
+
+    held = gorp_costs.resident_bytes(list(model.parameters()))
+    estimated, found = sum(scoring_bytes(recipe, model, longest).values()), held + gorp_costs.peak_bytes(score)
+    report.state(
+        f"{name}, scoring {len(rows)} rows of {task.name}",
+        {
+            "estimated MiB": round(estimated / MIB, 1),
+            "measured MiB": round(found / MIB, 1),
+            "estimated / measured": round(estimated / found, 2),
+        },
+    )
+
+
 def main() -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python benchmarks/memory.py", description=__doc__)
@@ -95,6 +132,7 @@ def main() -> int:
         for name in [options.model] if options.model else MODELS:
             for changes in SETTINGS:
                 compare(report, name, changes, ranks)
+            compare_scoring(report, name, ranks)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,7 @@
 """What streams cost on paper: `python benchmarks/scaling.py [--check]` writes the tables of docs/scaling.md.
 
+And the line "# Needs:" of the recipes of backbones that this project has not run.
+
 Legend: N parameters; d_in, d_out widths of a layer; r LoRA's rank; T tasks.
 """
 
@@ -11,6 +13,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,14 +26,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from pipeline.adapter_kinds import adapter_kind
 from pipeline.layers import full_rank_modules, target_modules
-from pipeline.memory_estimate import LongestRow, feature_bytes, frozen_bytes, memory_per_rank
+from pipeline.memory_estimate import LongestRow, Scored, feature_bytes, frozen_bytes, memory_per_rank, scoring_bytes
 from pipeline.recipe import Recipe
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "scaling.md"
 GB = 1e9
 GPUS = (1, 8, 16, 64)
 GROWTH = 12  # operations d^3 of an eigendecomposition and a QR of [d, d]
 ROW = LongestRow(tokens=522, label_tokens=10)  # 512 of prompt, a label of ten: what the benchmark allows
+SCORED = Scored(prompt_tokens=512, option_tokens=60)  # fourteen labels of four tokens are the most of any task
 ENERGY_SHARE = {1: 0.54, 14: 0.82}  # of a layer input's directions that PEGP protects at energy 0.99, on mini_llama2
 
 
@@ -68,9 +73,12 @@ def llama(hidden: int, inner: int, layers: int, heads: int, groups: int) -> nn.M
         return LlamaForCausalLM(config)
 
 
-def t5_large() -> nn.Module:
-    """T5-large of version 1.0, without weights."""
-    config = T5Config(d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_decoder_layers=24, num_heads=16)
+@cache
+def t5(width: int, layers: int, heads: int) -> nn.Module:
+    """T5 of version 1.0, without weights."""
+    config = T5Config(
+        d_model=width, d_kv=64, d_ff=4 * width, num_layers=layers, num_decoder_layers=layers, num_heads=heads
+    )
     with torch.device("meta"):
         return T5ForConditionalGeneration(config)
 
@@ -80,10 +88,13 @@ SHAPES = {
     "LLaMA-2-13B": (5120, 13824, 40, 40, 40),
     "LLaMA-2-70B": (8192, 28672, 80, 64, 8),
 }
+T5_SHAPES = {"T5-base": (768, 12, 12), "T5-large": (1024, 24, 16)}
+RECIPES = {"llama2_*.yaml": "LLaMA-2-7B", "t5_base_*.yaml": "T5-base", "t5_large_*.yaml": "T5-large"}
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
+    """A table. Every row has a cell for each head."""
+    assert all(len(row) == len(heads) for row in rows), [len(row) for row in rows]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
@@ -91,7 +102,7 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def memory_table() -> str:
     """Estimated GB on one GPU while training, as `--plan` counts them."""
     rows = []
-    plans: list[tuple[str, Any, str, list[str]]] = [("T5-large", t5_large(), "t5_large", [])]
+    plans: list[tuple[str, Any, str, list[str]]] = [("T5-large", t5(*T5_SHAPES["T5-large"]), "t5_large", [])]
     for name, shape in SHAPES.items():
         model = llama(*shape)
         plans += [
@@ -103,13 +114,43 @@ def memory_table() -> str:
     for name, model, recipe_name, changes in plans:
         recipe = Recipe.load(f"recipes/{recipe_name}_order1.yaml", changes)
         kind = adapter_kind(recipe.adapter, model, recipe.model.family, recipe.method)
-        held, features = frozen_bytes(recipe, model), feature_bytes(recipe, kind, model)
+        scoring, features = sum(scoring_bytes(recipe, model, SCORED).values()), feature_bytes(recipe, kind, model)
         sizes = [sum(memory_per_rank(recipe, kind, model, ROW, world=world).values()) for world in GPUS]
         setting = " ".join(changes) or f"zero={recipe.engine.zero}"
         rows.append(
-            [name, setting, *(f"{size / GB:.1f}" for size in sizes), f"{held / GB:.1f}", f"{features / GB:.1f}"]
+            [name, setting, *(f"{size / GB:.1f}" for size in sizes), f"{scoring / GB:.1f}", f"{features / GB:.1f}"]
         )
-    return markdown(["backbone", "setting", *(f"{count} GPU" for count in GPUS), "while scoring"], rows)
+    heads = ["backbone", "setting", *(f"{count} GPU" for count in GPUS), "while scoring", "sums of features"]
+    return markdown(heads, rows)
+
+
+def needs(path: Path) -> str:
+    """The line of a recipe that says which GPU it needs."""
+    name = next(name for pattern, name in RECIPES.items() if path.match(pattern))
+    model = t5(*T5_SHAPES[name]) if name in T5_SHAPES else llama(*SHAPES[name])
+    recipe = Recipe.load(str(path))
+    kind = adapter_kind(recipe.adapter, model, recipe.model.family, recipe.method)
+    step = sum(memory_per_rank(recipe, kind, model, ROW, world=1).values())
+    scoring = sum(scoring_bytes(recipe, model, SCORED).values())
+    end = frozen_bytes(recipe, model) + feature_bytes(recipe, kind, model)
+    sizes = [math.ceil(size / GB) for size in (step, scoring, end)]
+    method = {"pegp": "PEGP"}[recipe.method.name]
+    return (
+        f"# Needs: a GPU of about {max(sizes)} GB (estimated for {method}: {sizes[0]} in a step, {sizes[1]} while "
+        f"scoring, {sizes[2]} at most when a task ends)."
+    )
+
+
+def recipes() -> list[Path]:
+    """Those of backbones that this project has not run."""
+    return sorted(path for pattern in RECIPES for path in (ROOT / "recipes").glob(pattern))
+
+
+def with_needs(path: Path) -> str:
+    """A recipe's text with its line as it is now."""
+    text, count = re.subn(r"^# Needs: .*$", needs(path), path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert count == 1, f"{path}: no place for what it needs"
+    return text
 
 
 def _widths(model: Any, names: Sequence[str]) -> list[tuple[int, int]]:
@@ -231,14 +272,15 @@ def filled(page: str) -> str:
 def main() -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python benchmarks/scaling.py", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 where the page is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 where a file is out of date")
     options = parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8")
-    new = filled(page)
-    if options.check:
-        return int(new != page)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+    new = {PAGE: filled(PAGE.read_text(encoding="utf-8"))} | {path: with_needs(path) for path in recipes()}
+    stale = [path for path, text in new.items() if path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'out of date' if options.check else 'written'}")
+        if not options.check:
+            path.write_text(new[path], encoding="utf-8")
+    return int(options.check and bool(stale))
 
 
 if __name__ == "__main__":

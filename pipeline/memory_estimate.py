@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from eval.label_scoring import LOGITS_PER_FORWARD
 from pipeline.adapter_kinds import trainable_parameters
 from pipeline.adapters.base import AdapterKind
 from pipeline.adapters.lora import LoraKind
@@ -23,6 +24,22 @@ class LongestRow(NamedTuple):
 
     tokens: int
     label_tokens: int
+
+
+class Scored(NamedTuple):
+    """The most tokens of any prompt that is scored, and of all label options of a task together."""
+
+    prompt_tokens: int
+    option_tokens: int
+
+
+def longest_scored(workload: Workload) -> Scored:
+    """Of all tasks, unseen ones too."""
+    tasks = [*workload.tasks, *workload.unseen]
+    return Scored(
+        max(len(row.input_ids) for task in tasks for row in task.evaluation),
+        max(sum(map(len, task.label_ids)) for task in tasks),
+    )
 
 
 def longest_row(workload: Workload) -> LongestRow:
@@ -66,16 +83,65 @@ def _frozen_on_device(recipe: Recipe, frozen: float, *, world: int) -> float:
 
 
 def _bases_bytes(recipe: Recipe, kind: AdapterKind, model: nn.Module) -> float:
-    """Of PEGP with LoRA, in float32: a projector holds k or d - k columns of d numbers a target, whichever is fewer."""
-    if recipe.method.name != "pegp" or not isinstance(kind, LoraKind):
+    """In float32, of PEGP's features and of LB-CL's singular vectors at the last task; 0 where not estimated.
+
+    A projector holds k or d - k columns of d numbers for a tensor, whichever is fewer.
+    """
+    if not isinstance(kind, LoraKind):
         return 0.0
     layers: list[Any] = [model.get_submodule(name) for name in kind.targets]
-    return sum(2.0 * float(layer.in_features) ** 2 for layer in layers)
+    widths: list[tuple[int, int]] = [(layer.in_features, layer.out_features) for layer in layers]
+    if recipe.method.name == "pegp":
+        return sum(4.0 * d_in * d_in / 2 for d_in, _ in widths)
+    if recipe.method.name == "lbcl":
+        old = kind.rank * (len(recipe.task_names) - 1)
+        return sum(4.0 * d * min(old, d / 2) for pair in widths for d in pair)
+    return 0.0
 
 
 def feature_bytes(recipe: Recipe, kind: AdapterKind, model: nn.Module) -> float:
     """PEGP's second moments, d x d in float32 for each target: layers that share an input share one, so at most."""
-    return 2 * _bases_bytes(recipe, kind, model)
+    return 2 * _bases_bytes(recipe, kind, model) if recipe.method.name == "pegp" else 0.0
+
+
+def scoring_bytes(recipe: Recipe, model: nn.Module, longest: Scored) -> dict[str, float]:
+    """Of scoring a batch of the longest prompts, by part: a whole copy of the weights, whatever the stage.
+
+    The cache holds two numbers for each token, layer and key head dimension, T5's of the prompt in each decoder layer.
+    A layer in work: three tensors as wide as its feed-forward block and four as wide as its input; T5's encoder, and
+    three of a number for each pair of tokens and head, where no kernel avoids them. After it, logits of the options'
+    tokens, as the model gives them and twice in float32.
+    """
+    config: Any = model.config
+    width = 2 if recipe.engine.precision == "bf16" else 4
+    rows = recipe.evaluation.batch_size
+    tokens = rows * (longest.prompt_tokens + recipe.evaluation.max_new_tokens)
+    logits = min(LOGITS_PER_FORWARD, rows * longest.option_tokens * config.vocab_size)
+    options = logits * (width + 2 * 4.0) if recipe.evaluation.label_scoring else 0.0
+    heads = config.num_attention_heads
+    if recipe.model.family == "t5":
+        layers, keys, inner = config.num_decoder_layers, heads * config.d_kv, config.d_ff
+        pairs = 3.0 * heads * longest.prompt_tokens
+    else:
+        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        layers, keys, inner = config.num_hidden_layers, config.num_key_value_heads * head, config.intermediate_size
+        pairs = 0.0
+    layer = (3 * inner + 4 * config.hidden_size + pairs) * tokens * width
+    return {
+        "frozen weights": frozen_bytes(recipe, model),
+        "cache of a batch": 2.0 * layers * keys * tokens * width,
+        "a layer in work, or options' logits": max(layer, options),
+    }
+
+
+def beginning_bytes(recipe: Recipe, model: nn.Module, longest: LongestRow) -> float:
+    """Of a task's begin: the whole backbone, and of LB-CL and GORP a backward through it before ZeRO has scattered it.
+
+    What that backward sums up rests on the host.
+    """
+    backward = recipe.method.name in ("lbcl", "gorp")
+    width = 2 if recipe.engine.precision == "bf16" else 4
+    return frozen_bytes(recipe, model) + (_activation_bytes(recipe, longest, model, width) if backward else 0.0)
 
 
 def full_rank_bytes_on_host(kind: AdapterKind, model: nn.Module) -> int:

@@ -6,11 +6,13 @@ from eval.accuracy import cells_for
 from pipeline.adapter_kinds import trainable_parameters
 from pipeline.deepspeed_config import micro_batches_per_rank
 from pipeline.memory_estimate import (
+    beginning_bytes,
     feature_bytes,
-    frozen_bytes,
     full_rank_bytes_on_host,
     longest_row,
+    longest_scored,
     memory_per_rank,
+    scoring_bytes,
 )
 from pipeline.models import skeleton
 from pipeline.recipe import Recipe
@@ -25,9 +27,11 @@ def format_plan(recipe: Recipe, *, world: int) -> str:
     workload = load_workload(recipe, Alone())
     model = skeleton(workload.model_folder, recipe.model.family)
     frozen = sum(parameter.numel() for parameter in model.parameters())
-    held = frozen_bytes(recipe, model)
+    scoring = sum(scoring_bytes(recipe, model, longest_scored(workload)).values())
     trained = trainable_parameters(workload.kind, model)
-    parts = memory_per_rank(recipe, workload.kind, model, longest_row(workload), world=world)
+    longest = longest_row(workload)
+    parts = memory_per_rank(recipe, workload.kind, model, longest, world=world)
+    begins = beginning_bytes(recipe, model, longest)
     on_host = full_rank_bytes_on_host(workload.kind, model)
     lines = [recipe.to_yaml().rstrip(), "", f"folder: {recipe.run_dir}", f"recipe: {recipe.sha256}", ""]
     lines += _task_table(workload)
@@ -38,7 +42,8 @@ def format_plan(recipe: Recipe, *, world: int) -> str:
         f"memory per rank, estimated, with {world} rank(s), zero {recipe.engine.zero}, {recipe.engine.precision}:",
         *(f"  {name:<42}{size / GIB:8.2f} GiB" for name, size in parts.items()),
         f"  {'together, while training':<42}{sum(parts.values()) / GIB:8.2f} GiB",
-        f"  {'while scoring and when a task begins':<42}{held / GIB:8.2f} GiB, and a cache",
+        f"  {'while scoring':<42}{scoring / GIB:8.2f} GiB",
+        f"  {'when a task begins, at most':<42}{begins / GIB:8.2f} GiB",
     ]
     if moments := feature_bytes(recipe, workload.kind, model):
         lines.append(f"  {'sums of features, when a task ends':<42}{moments / GIB:8.2f} GiB at most, for activations")

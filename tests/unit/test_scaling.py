@@ -1,16 +1,23 @@
 """The page of what streams cost."""
 
+from pathlib import Path
+
 import pytest
 
-from benchmarks.scaling import PAGE, SHAPES, filled, llama
+from benchmarks.scaling import PAGE, SCORED, SHAPES, T5_SHAPES, filled, llama, recipes, t5, with_needs
 from pipeline.adapter_kinds import adapter_kind
-from pipeline.memory_estimate import LongestRow, feature_bytes, frozen_bytes, memory_per_rank
+from pipeline.memory_estimate import LongestRow, feature_bytes, frozen_bytes, memory_per_rank, scoring_bytes
 from pipeline.recipe import Recipe
 
 
 def test_its_tables_are_those_of_the_estimator() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert filled(page) == page, "out of date: run python benchmarks/scaling.py"
+
+
+@pytest.mark.parametrize("path", recipes(), ids=lambda path: path.stem)
+def test_a_recipe_says_which_gpu_it_needs(path: Path) -> None:
+    assert with_needs(path) == path.read_text(encoding="utf-8"), "out of date: run python benchmarks/scaling.py"
 
 
 def test_its_cells_are_what_a_hand_computes() -> None:
@@ -54,3 +61,32 @@ def test_recomputation_cannot_drop_what_int8_layers_read() -> None:
         activations[bits] = parts["activations of the longest micro-batch"]
     kept = 32 * (6 * 4096 + 11008) * 522 * 4 * 2  # tokens, rows, bytes
     assert activations["int8"] - activations["nf4"] == pytest.approx(kept)
+
+
+def test_scoring_needs_a_cache() -> None:
+    """LLaMA-2-7B in bf16: 2 x 32 x 4096 numbers a token; T5-large in fp32: of each decoder layer's cross-attention."""
+    recipe = Recipe.load("recipes/llama2_order1.yaml", ["evaluation.batch_size=64"])
+    found = scoring_bytes(recipe, llama(*SHAPES["LLaMA-2-7B"]), SCORED)
+    assert found["cache of a batch"] == 2 * 32 * 4096 * 64 * (512 + 50) * 2
+    work = "a layer in work, or options' logits"
+    assert found[work] == (3 * 11008 + 4 * 4096) * 64 * 562 * 2 > 2**26 * (2 + 8)
+    recipe = Recipe.load("recipes/llama2_order1.yaml", ["evaluation.batch_size=4"])
+    assert scoring_bytes(recipe, llama(*SHAPES["LLaMA-2-7B"]), SCORED)[work] == (3 * 11008 + 4 * 4096) * 4 * 562 * 2
+    few = SCORED._replace(prompt_tokens=8)
+    assert scoring_bytes(recipe, llama(*SHAPES["LLaMA-2-7B"]), few)[work] == 4 * 60 * 32000 * (2 + 8)
+    recipe = Recipe.load("recipes/t5_large_order1.yaml", ["evaluation.batch_size=8"])
+    found = scoring_bytes(recipe, t5(*T5_SHAPES["T5-large"]), SCORED)
+    assert found["cache of a batch"] == 2 * 24 * 1024 * 8 * 562 * 4
+    assert found[work] == (3 * 4096 + 4 * 1024 + 3 * 16 * 512) * 8 * 562 * 4
+
+
+def test_bases_of_singular_vectors_are_counted() -> None:
+    """LB-CL's at the last of four tasks: 24 columns on either side of 64 layers; half the width at most."""
+    model = llama(*SHAPES["LLaMA-2-7B"])
+    for tasks, columns in ((4, 24), (300, 2048)):
+        recipe = Recipe.load("recipes/llama2_order1.yaml", ["method=lbcl"])
+        order = recipe.order.model_copy(update={"name": None, "tasks": [f"t{index}" for index in range(tasks)]})
+        recipe = recipe.model_copy(update={"order": order})
+        kind = adapter_kind(recipe.adapter, model, "llama2", recipe.method)
+        parts = memory_per_rank(recipe, kind, model, LongestRow(522, 10), world=1)
+        assert parts["protected bases, at most"] == 64 * 2 * 4096 * columns * 2
