@@ -30,7 +30,7 @@ test-all: $(INSTALLED)
 
 # Two hosts on this machine, each a network namespace with an ssh server: needs root, openssh-server and pdsh.
 test-hosts: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m hosts tests/hosts
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -rs -m hosts tests/hosts
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check .

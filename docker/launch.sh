@@ -26,20 +26,12 @@ fi
 [ $# -ge 1 ] || usage ""
 root=$(cd "$(dirname "$0")/.." && pwd)
 
+# The first process of a container has no default for a signal: it must be caught from here on.
+stopped=
+trap 'stopped=early' TERM INT USR1
+
 # Tells faults of the recipe here, once, before any host is asked; the folder of the run is where the pids will be.
-run=$(PYTHONPATH=$root python - "$@" <<'EOF'
-import sys
-
-from data_prep.errors import UserError
-from pipeline.recipe import Recipe
-
-try:
-    print(Recipe.load(sys.argv[1], [word for word in sys.argv[2:] if not word.startswith("--")]).run_dir)
-except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-EOF
-)
+run=$(python "$root/docker/run_folder.py" "$@")
 began=$(mktemp) # pids that are older are those of a run before
 environment=$(mktemp)
 trap 'rm -f "$began" "$environment"' EXIT
@@ -49,8 +41,8 @@ words=("$@")
 if [ -n "$hostfile" ]; then
   flags+=(--hostfile "$hostfile" --force_multi --master_port "${MASTER_PORT:-29500}")
   # ssh hands nothing of the environment on; DeepSpeed does with what stands in this file (and by itself with NCCL's),
-  # between double quotes.
-  for name in $(compgen -e | grep -E '^(CL_|HF_|GLOO_|OMP_NUM_THREADS$)' || true); do
+  # between double quotes, and prints it: so no tokens.
+  for name in $(compgen -e | grep -E '^(CL_|HF_|GLOO_|OMP_NUM_THREADS$)' | grep -v TOKEN || true); do
     # shellcheck disable=SC2001 # bash's own replacing has no word for what was found
     printf '%s=%s\n' "$name" "$(sed 's/[\\"$`]/\\&/g' <<<"${!name}")" >>"$environment"
   done
@@ -63,13 +55,13 @@ if [ -n "$hostfile" ]; then
   alive="-o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
   export PDSH_SSH_ARGS_APPEND="$alive ${PDSH_SSH_ARGS_APPEND:-}"
 fi
+[ -z "$stopped" ] || exit 75
 # A session of its own: Ctrl-C would else end the launcher, which then kills the ranks.
 setsid deepspeed "${flags[@]}" "$root/pipeline/train.py" "${words[@]}" </dev/null &
 launcher=$!
 
 # Reads lines "rank host pid" and signals those of the host that it runs on.
 tell="while read -r rank name pid; do if [ \"\$name\" = \"\$(uname -n)\" ]; then kill -s SIGNAL \"\$pid\"; fi; done"
-stopped=
 # shellcheck disable=SC2029,SC2329 # the signal is put in on this side; the traps call it
 forward() {
   if [ "$run/pids" -nt "$began" ]; then
@@ -84,7 +76,11 @@ forward() {
     fi
     stopped=told
   elif [ -z "$stopped" ]; then # the ranks have not begun yet: nothing has to be left whole
-    kill -s TERM "$launcher" || true
+    if [ -z "$hostfile" ]; then
+      kill -s TERM -- "-$launcher" || true # the launcher tells none of those that it has started
+    else
+      kill -s TERM "$launcher" || true # on several hosts it ends its own on all of them
+    fi
     stopped=early
   fi
 }
@@ -101,5 +97,12 @@ while :; do
     break
   fi
 done
-if [ "$stopped" = early ] && [ "$code" != 0 ]; then code=75; fi
+if [ "$stopped" = early ] && [ "$code" != 0 ]; then
+  code=75
+  for _ in $(seq 100); do # ten seconds, for what it had started
+    kill -0 -- "-$launcher" 2>/dev/null || break
+    sleep 0.1
+  done
+  kill -s KILL -- "-$launcher" 2>/dev/null || true
+fi
 exit "$code"
