@@ -1,10 +1,16 @@
 """Shared fixtures: the checkout on the import path, and outside data that a test may need."""
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+# Tests run on the CPU, wherever they run; those of tests/gpu give what was here to the commands that they start.
+DEVICES = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")}
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -43,3 +49,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
     root = tmp_path_factory.mktemp("backbones")
     return {family: save_backbone(root / family, family) for family in ("t5", "llama2")}
+
+
+@pytest.fixture(scope="session")
+def gpu_environment() -> dict[str, str]:
+    """The environment of a command that may see this machine's GPUs."""
+    found = shutil.which("nvidia-smi")
+    seen = found and subprocess.run([found, "-L"], capture_output=True, text=True).stdout.count("GPU ")
+    if not seen:
+        pytest.skip("no NVIDIA GPU on this machine (nvidia-smi lists none)")
+    given = {name: value for name, value in DEVICES.items() if value is not None}
+    return {name: value for name, value in os.environ.items() if name not in DEVICES} | given
