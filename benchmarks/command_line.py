@@ -15,6 +15,13 @@ from benchmarks.streams import MODELS
 from data_prep.errors import UserError
 
 
+def writable(path: str) -> Path:
+    """A file to write at the end, whose folder is there now: nobody measures for an hour to learn that it is not."""
+    if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: no folder to write that file in; make it first, or name another")
+    return Path(path)
+
+
 def run(
     file: str, about: str | None, parts: Sequence[str], measure: Callable[[Report, argparse.Namespace], None]
 ) -> int:
@@ -27,7 +34,7 @@ def run(
     parser.add_argument("--model", choices=MODELS, help="both by default")
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--only", default="", metavar="TEXT", help="of single layers, those whose name holds TEXT")
-    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--json", type=writable, metavar="OUT")
     options = parser.parse_args()
     arguments = {key: value for key, value in vars(options).items() if key != "json"}
     options.models = [options.model] if options.model else MODELS

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.command_line import writable
 from benchmarks.finished_runs import FinishedRun
 from benchmarks.pairs import Report, compare, table, write_json
 from benchmarks.streams import MODELS
@@ -154,7 +155,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=200, help="of each task")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--json", type=writable, metavar="OUT")
     options = parser.parse_args()
     torch.set_num_threads(1)
     report = Report()

@@ -34,9 +34,13 @@ def step(report: Report, streams: Streams, pairs: int) -> None:
     report.state(f"{streams.model}: bytes of all joint bases after 14 tasks", late[0].memory.bytes)
     olora = (streams.after("olora", 14), last)
 
-    def compared(name: str, task: str, size: int, first: Any, second: Any, goal: float | None) -> None:
+    def compared(
+        name: str, task: str, size: int, first: Any, second: Any, goal: float | None, *, apart: bool = False
+    ) -> None:
         def build() -> tuple[Work, Work]:
             one, other = (streams.begin(method, task, index) for method, index in (first, second))
+            if apart:
+                _set_apart(one)
             batches = streams.batches(one, task, size)
 
             def on(training: PlainTraining) -> Work:
@@ -52,6 +56,17 @@ def step(report: Report, streams: Streams, pairs: int) -> None:
     compared("lbcl at task 15 / at task 2", "agnews", 16, late, early, 1.02)
     compared("lbcl at task 15 / inclora", "agnews", 16, late, plain, None)
     compared("olora at task 15 / inclora", "agnews", 16, olora, plain, None)
+    compared("old triplets as separate modules at task 15 / inclora", "agnews", 16, late, plain, None, apart=True)
+
+
+def _set_apart(training: PlainTraining) -> None:
+    """Beside each layer stand its old triplets as frozen modules; its weight, which holds them too, takes no less time.
+
+    What is computed is wrong, so that this is for timing alone.
+    """
+    for layer, past in training.method._old_triplets().items():
+        branched: Any = training.ctx.model.get_submodule(layer)
+        branched.base = Separate(branched.base, past, training.method.kind.scale).requires_grad_(False)
 
 
 class Separate(nn.Module):
@@ -111,6 +126,15 @@ def start(report: Report, streams: Streams, pairs: int) -> None:
         scale=len(some) / total,
     )
     report.add(share)
+    _, others = ours._seed_rows(bare)
+
+    def look(_: int) -> None:
+        for _ in range(2):  # at random starts and injected
+            bare.score_rows(others)
+        bare.run_rows(rows, backward=False)
+
+    name = f"{streams.model}: losses and scores before training, noted / {total} steps of {task}, task 15"
+    report.add(compare(name, look, train, pairs=max(pairs // 10, 10), scale=len(some) / total))
     apart = streams.begin(streams.after("inclora", 0), task, last).ctx
     apart._engine = None
     for layer, past in ours._old_triplets().items():
@@ -133,7 +157,7 @@ def start(report: Report, streams: Streams, pairs: int) -> None:
 
 
 def memory(report: Report, streams: Streams, _: int) -> None:
-    """Peak bytes of a step above what stands between steps, and with it, at task 15: against `inclora` and `olora`."""
+    """The most bytes on the device in a step at task 15, the backbone included: against `inclora` and `olora`."""
     last, found = len(STREAM), {}
     batches = streams.longest("agnews", 16)
     for name, method in (
@@ -143,6 +167,9 @@ def memory(report: Report, streams: Streams, _: int) -> None:
     ):
         training = streams.begin(method, "agnews", last)
         training.step(batches)
+        for module in training.module.modules():
+            if hasattr(module, "latest"):
+                module.latest = None  # of the step before: each step makes its own
         held = [*training.module.parameters(), *training.module.buffers()]
         held += [old for _, old in getattr(training.method, "_old", [])]
         for state in training.optimizer.state.values():

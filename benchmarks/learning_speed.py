@@ -13,10 +13,11 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 
+from benchmarks.command_line import writable
 from data_prep.errors import UserError
 from eval.run_events import read_events
 
-WINDOW = 16  # steps of a mean
+WINDOW = 8  # steps of a mean
 SHARE = 0.9  # of the way that the first run's loss makes in a task
 
 
@@ -74,7 +75,7 @@ def main() -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python benchmarks/learning_speed.py", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the first sets the goals")
-    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--json", type=writable, metavar="OUT")
     options = parser.parse_args()
     try:
         found = compare(options.runs)

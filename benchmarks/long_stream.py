@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.command_line import writable
 from benchmarks.pairs import ROOT
 from data_prep.synthetic import TASKS
 
@@ -111,7 +112,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python benchmarks/long_stream.py", description=__doc__)
     parser.add_argument("--method", default="pegp")
     parser.add_argument("--tasks", type=int, default=50)
-    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--json", type=writable, metavar="OUT")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run_dir = run(Path(folder), options.method, options.tasks)

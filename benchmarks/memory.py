@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import gorp_costs
+from benchmarks.command_line import writable
 from benchmarks.pairs import Report, write_json
 from benchmarks.streams import MODELS
 from benchmarks.training import Ours
@@ -123,7 +124,7 @@ def main() -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python benchmarks/memory.py", description=__doc__)
     parser.add_argument("--model", choices=MODELS, help="both by default")
-    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--json", type=writable, metavar="OUT")
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of each start and stop

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.command_line import writable
 from benchmarks.finished_runs import FinishedRun
 from benchmarks.tasks import OneRank
 from data_prep.errors import UserError
@@ -163,7 +164,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python benchmarks/old_outputs.py", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--rows", type=int, default=96, help="training rows of each old task, drawn from the seed")
-    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--json", type=writable, metavar="OUT")
     options = parser.parse_args()
     found: list[OldTask] = []
     print(table([]), flush=True)

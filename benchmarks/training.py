@@ -20,6 +20,7 @@ from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from benchmarks import gorp_costs
+from benchmarks.command_line import writable
 from benchmarks.pairs import Report, judged, table, timed, write_json
 from benchmarks.streams import MODELS
 from data_prep.batches import Example, collate
@@ -230,7 +231,7 @@ def main() -> int:
     parser.add_argument("--model", choices=MODELS, help="both by default")
     parser.add_argument("--pairs", type=int, default=8, help="epochs of either side")
     parser.add_argument("--rows", type=int, default=504, help="of each task")
-    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--json", type=writable, metavar="OUT")
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of each start and stop
