@@ -134,9 +134,8 @@ def needs(path: Path) -> str:
     scoring = sum(scoring_bytes(recipe, model, SCORED).values())
     end = frozen_bytes(recipe, model) + feature_bytes(recipe, kind, model)
     sizes = [math.ceil(size / GB) for size in (step, scoring, end)]
-    method = {"pegp": "PEGP"}[recipe.method.name]
     return (
-        f"# Needs: a GPU of about {max(sizes)} GB (estimated for {method}: {sizes[0]} in a step, {sizes[1]} while "
+        f"# Needs: a GPU of about {max(sizes)} GB (estimated for {recipe.method.name.upper()}: {sizes[0]} in a step, {sizes[1]} while "
         f"scoring, {sizes[2]} at most when a task ends)."
     )
 
