@@ -135,8 +135,8 @@ def needs(path: Path) -> str:
     end = frozen_bytes(recipe, model) + feature_bytes(recipe, kind, model)
     sizes = [math.ceil(size / GB) for size in (step, scoring, end)]
     return (
-        f"# Needs: a GPU of about {max(sizes)} GB (estimated for {recipe.method.name.upper()}: {sizes[0]} in a step, {sizes[1]} while "
-        f"scoring, {sizes[2]} at most when a task ends)."
+        f"# Needs: a GPU of about {max(sizes)} GB (estimated for {recipe.method.name.upper()}: "
+        f"{sizes[0]} in a step, {sizes[1]} while scoring, {sizes[2]} at most when a task ends)."
     )
 
 

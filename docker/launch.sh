@@ -86,6 +86,10 @@ forward() {
 }
 trap 'forward TERM' TERM INT
 trap 'forward USR1' USR1
+if [ -n "$stopped" ]; then # between the launcher's start and here
+  stopped=
+  forward TERM
+fi
 
 while :; do
   code=0
