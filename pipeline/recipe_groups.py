@@ -30,8 +30,8 @@ def _rank(value: int | float) -> int | float:
     return value
 
 
-def _layers(value: str) -> str:
-    if not re.fullmatch(r"all|top_[1-9][0-9]*", value):
+def _layers(value: object) -> object:
+    if not re.fullmatch(r"all|top_[1-9][0-9]*", str(value)):
         raise ValueError(f"{value!r} is neither all nor top_<k>, such as top_4: the last k decoder blocks")
     return value
 
@@ -298,7 +298,7 @@ class LbCl(Constrained):
     align: Literal["signs", "hungarian", "none"] = "signs"
     sensitivity: Literal["batch", "per_sample"] = "batch"
     seed_samples: Positive = 8  # of the new task
-    layers: Annotated[str, AfterValidator(_layers)] = "all"  # into which of them old triplets are injected
+    layers: Annotated[str, BeforeValidator(_layers)] = "all"  # into which of them old triplets are injected
     gamma: Weight = 0.1  # of the regulariser that keeps U and V near orthonormal
     sigma_lr: Rate | None = None  # null: training.learning_rate
 

@@ -87,20 +87,30 @@ class _LayerSums:
         return torch.cat(U, dim=1).to(like), torch.cat(sigma).to(like), torch.cat(V).to(like)
 
     def add(self, x: Tensor, g: Tensor) -> None:
-        """Add one micro-batch's inputs [b, n, d_in] and output gradients [b, n, d_out]."""
+        """Add one micro-batch's inputs [b, n, d_in] and output gradients [b, n, d_out].
+
+        Row by row: gradients of all rows at once, [b, d_out, R], would outgrow the d_out x d_in that is not formed.
+        """
         x, g = x.to(torch.promote_types(x.dtype, torch.float32)), g.to(torch.promote_types(g.dtype, torch.float32))
-        U, sigma, V = self._joined(x)
-        along_v, along_u = x @ V.mT, g @ U  # [b, n, R]
-        d_sigma = self._scale * (along_v * along_u).sum(dim=1)  # [b, R]
-        d_U = self._scale * sigma * (g.mT @ along_v)  # [b, d_out, R]
-        d_V = self._scale * sigma[:, None] * (along_u.mT @ x)  # [b, R, d_in]
-        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in (d_sigma, d_U, d_V)])
-        if self._per_sample:
-            found = [_scores((U, sigma, V), (d_U, d_sigma, d_V)).sum(dim=0)]
-        else:
-            found = [d_sigma.sum(dim=0), d_U.sum(dim=0).flatten(), d_V.sum(dim=0).flatten()]
-        for index, part in enumerate([norms.double().square().sum()[None], *found]):
+        weights = self._joined(x)
+        parts = None
+        for row in zip(x, g, strict=True):
+            found = self._row(weights, *row)
+            parts = found if parts is None else [one.add_(other) for one, other in zip(parts, found, strict=True)]
+        for index, part in enumerate(parts or []):
             self._sums[index] = self._sums[index] + part.cpu()
+
+    def _row(self, weights: tuple[Tensor, Tensor, Tensor], x: Tensor, g: Tensor) -> list[Tensor]:
+        """One row's [n, d_in] and [n, d_out]: its gradient's square, then its scores or its three gradients, flat."""
+        U, sigma, V = weights
+        along_v, along_u = x @ V.mT, g @ U  # [n, R]
+        d_sigma = self._scale * (along_v * along_u).sum(dim=0)  # [R]
+        d_U = (g.mT @ along_v).mul_(self._scale * sigma)  # [d_out, R]
+        d_V = (along_u.mT @ x).mul_(self._scale * sigma[:, None])  # [R, d_in]
+        squares = torch.stack([gradient.norm().double() for gradient in (d_sigma, d_U, d_V)]).square().sum()[None]
+        if self._per_sample:
+            return [squares, _scores(weights, (d_U, d_sigma, d_V))]
+        return [squares, d_sigma, d_U.flatten(), d_V.flatten()]
 
     def packed(self) -> Tensor:
         """All sums, flat, float64, on the CPU; zeros on a rank that had no row."""
@@ -114,13 +124,12 @@ class _LayerSums:
             scores = parts[0]  # a row's share of the mean loss over N rows has the gradient g_b, its own loss N g_b
         else:
             d_sigma, d_U, d_V = parts
-            gradients = d_U.view(1, *U.shape), d_sigma[None], d_V.view(1, *V.shape)
-            scores = _scores((U, sigma, V), gradients)[0]
+            scores = _scores((U, sigma, V), (d_U.view_as(U), d_sigma, d_V.view_as(V)))
         numbers = U.numel() + sigma.numel() + V.numel()
         return LayerSensitivity(scores.view(self._shape).float(), float(squares) * row_count / numbers)
 
 
-def _scores(weights: tuple[Tensor, Tensor, Tensor], gradients: tuple[Tensor, Tensor, Tensor]) -> Tensor:  # [b, R]
+def _scores(weights: tuple[Tensor, Tensor, Tensor], gradients: tuple[Tensor, Tensor, Tensor]) -> Tensor:  # [R]
     """`s(sigma_i) + mean_j s(U_ji) + mean_j s(V_ij)` with `s(w) = |w g|`."""
     (U, sigma, V), (d_U, d_sigma, d_V) = weights, gradients
-    return (sigma * d_sigma).abs() + (U * d_U).abs().mean(dim=1) + (V * d_V).abs().mean(dim=2)
+    return (sigma * d_sigma).abs() + (U * d_U).abs().mean(dim=0) + (V * d_V).abs().mean(dim=1)

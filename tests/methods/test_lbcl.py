@@ -19,7 +19,7 @@ from data_prep.errors import UserError
 from pipeline.adapters.triplet import PARTS, TripletLinear, Triplets, triplets_of
 from pipeline.label_loss import LabelLoss
 from pipeline.methods.injection import injected
-from pipeline.methods.sensitivity import measure_sensitivity
+from pipeline.methods.sensitivity import _LayerSums, measure_sensitivity
 from pipeline.projection.features import FeaturesNotFinite
 from pipeline.projection.subspace import Subspace
 from pipeline.recipe import LbCl, Recipe, TripletAdapter
@@ -124,38 +124,29 @@ def test_sensitivities_equal_autograd_through_separate_modules(folders: dict[str
         assert not any(module._forward_hooks for module in ctx.model.modules()), "no hook is left"
 
 
-class Shapes(TorchDispatchMode):
-    """Notes the last two dimensions of every tensor that is made."""
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that is made; views make none."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: set[tuple[int, ...]] = set()
+        self.numbers = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        if func not in VIEWS:
-            self.seen |= {tuple(t.shape[-2:]) for t in tree_leaves(made) if isinstance(t, Tensor)}
+        if not func.is_view:
+            self.numbers = max([self.numbers, *(t.numel() for t in tree_leaves(made) if isinstance(t, Tensor))])
         return made
 
 
-VIEWS = (torch.ops.aten.t.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default)
-
-
 @pytest.mark.parametrize("how", ["batch", "per_sample"])
-def test_the_pass_forms_nothing_of_a_weights_size(folders: dict[str, Path], how: str) -> None:
-    """No d_out x d_in gradient, of layers whose shape no other tensor of the pass has."""
-    folder = folders["t5"]
-    method = lbcl(folder, "t5")
-    learn(folder, "t5", method, 1)
-    ctx = context(folder, "t5", method, 2)
-    shapes = {tuple(ctx.model.get_submodule(name).weight.shape) for name in method.kind.targets}
-    with Shapes() as without:
-        ctx.run_rows([0, 1], backward=False)
-    with Shapes() as made:
-        measure_sensitivity(ctx, method._old_triplets(), [0, 1], scale=4.0, how=how)
-    looked_at = {shape for shape in shapes if not {shape, shape[::-1]} & without.seen}
-    assert len(looked_at) >= 2
-    assert not {(d_out, d_in) for d_out, d_in in looked_at if {(d_out, d_in), (d_in, d_out)} & made.seen}
+def test_the_pass_forms_nothing_of_a_weights_size(how: str) -> None:
+    """At T5-large's width, with 14 old tasks and 8 rows: the largest tensor is one of all old U, or of all old V."""
+    d_out, d_in, r, tasks = 1024, 512, 8, 14
+    old = [Triplets(torch.ones(d_out, r), torch.ones(r), torch.ones(r, d_in)) for _ in range(tasks)]
+    sums = _LayerSums(old, 4.0, how)
+    with Largest() as made:
+        sums.add(torch.ones(8, 5, d_in), torch.ones(8, 5, d_out))
+    assert made.numbers == tasks * r * d_out < d_out * d_in / 4
 
 
 @pytest.mark.parametrize("where", ["sensitivity", "loss"])
@@ -172,6 +163,45 @@ def test_what_is_not_finite_before_a_task_is_told(folders: dict[str, Path], wher
 
 
 # ---- the start
+
+
+def disordered(method: Any) -> None:
+    """The second task's triplets in another order, some turned round: the same update, which alignment sees through."""
+    mixed = {}
+    for layer, old in triplets_of(method._past[1]).items():
+        signs = torch.tensor([-1.0, 1.0, 1.0])
+        parts = (old.U * signs).roll(1, dims=1), old.sigma.roll(1), (old.V * signs[:, None]).roll(1, dims=0)
+        mixed |= {f"{layer}.{name}": part for name, part in zip(PARTS, parts, strict=True)}
+    method._past[1] = {**method._past[1], **mixed}
+
+
+@pytest.mark.parametrize("sensitivity", ["batch", "per_sample"])
+@pytest.mark.parametrize("align", ["signs", "hungarian", "none"])
+def test_what_is_injected_follows_its_switches(folders: dict[str, Path], align: str, sensitivity: str) -> None:
+    """Each gives another start than the others', and what is kept for the report is what was measured, with scale 4."""
+    folder = folders["t5"]
+    method = lbcl(folder, "t5", align=align, sensitivity=sensitivity, project="off")
+    for task in (1, 2):
+        learn(folder, "t5", method, task)
+    disordered(method)
+    past, bare = method._old_triplets(), context(folder, "t5", method, 3)
+    rows = method._seed_rows(bare)[0]
+    found = {how: measure_sensitivity(bare, past, rows, scale=4.0, how=how)[0] for how in ("batch", "per_sample")}
+    method.begin_task(context(folder, "t5", method, 3))
+    ways = [(way, how) for way in ("signs", "hungarian", "none") for how in found]
+    distance = dict.fromkeys(ways, 0.0)
+    for name in method.kind.targets:
+        measured = found[sensitivity][name]
+        kept = method._sensitivity[3][name]
+        assert kept["mean"] == pytest.approx(float(measured.scores.mean()), rel=1e-4)
+        assert kept["fisher"] == pytest.approx(measured.fisher, rel=1e-4)
+        start = method._trained[f"{name}.U"].start
+        for way, how in ways:
+            other = injected(past[name], found[how][name].scores, align=way).U
+            distance[way, how] += float((start - other).norm() / start.norm())
+    ours = distance.pop((align, sensitivity)) / len(method.kind.targets)
+    assert ours <= 1e-5
+    assert min(distance.values()) / len(method.kind.targets) > 1e-3
 
 
 @pytest.mark.parametrize("init", ["with_sigma", "without_sigma", "copy", "random"])
@@ -540,6 +570,7 @@ def test_wrong_settings_are_told(folders: dict[str, Path]) -> None:
     recipe = "recipes/tiny_t5_order1.yaml"
     for overrides, words in (
         (["method.layers=four"], "'four' is neither all nor top_<k>"),
+        (["method.layers=4"], "4 is neither all nor top_<k>, such as top_4"),
         (["method.projection=sum"], "projection: sum is taken off gradients"),
         (["adapter=lora"], "adapter.kind: lora does not go with lbcl"),
         (["adapter=prompt"], "adapter.kind: prompt does not go with lbcl"),

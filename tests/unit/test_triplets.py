@@ -146,6 +146,17 @@ def test_signs_do_not_matter_where_they_are_aligned(seed: int, tasks: int, rank:
         assert torch.allclose(whole.B @ whole.A, other.B @ other.A, atol=1e-4)
 
 
+def test_order_is_that_of_the_most_sensitive_task() -> None:
+    """Task 2 leads with e1, e2; task 1 has them the other way round, and its sensitivities move with them."""
+    eye = torch.eye(2)
+    past = [Triplets(eye.flip(1), torch.tensor([8.0, 2.0]), eye.flip(0)), Triplets(eye, torch.tensor([4.0, 6.0]), eye)]
+    new = injected(past, torch.tensor([[1.0, 2.0], [2.0, 3.0]]), align="hungarian")
+    assert torch.allclose(new.U, eye)
+    assert torch.allclose(new.V, eye)
+    # e1: alpha 2/4 of task 1's 2 and 2/4 of task 2's 4; e2: 1/4 of 8 and 3/4 of 6
+    assert torch.allclose(new.sigma, torch.tensor([3.0, 6.5]))
+
+
 def test_one_past_task_is_injected_as_it_is() -> None:
     past = Triplets(drawn(1, 5, 3), torch.tensor([1.0, 2.0, 0.5]), drawn(2, 3, 4))
     for align in ("none", "signs", "hungarian"):
