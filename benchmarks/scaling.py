@@ -16,14 +16,12 @@ import argparse
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+from benchmarks.scaling_methods import methods_table
+from benchmarks.shapes import GB, SHAPES, T5_SHAPES, Machine, Work, llama, markdown, t5, widths
 from pipeline.adapter_kinds import adapter_kind
 from pipeline.layers import full_rank_modules, target_modules
 from pipeline.memory_estimate import LongestRow, Scored, feature_bytes, frozen_bytes, memory_per_rank, scoring_bytes
@@ -31,7 +29,6 @@ from pipeline.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "scaling.md"
-GB = 1e9
 GPUS = (1, 8, 16, 64)
 GROWTH = 12  # operations d^3 of an eigendecomposition and a QR of [d, d]
 ROW = LongestRow(tokens=522, label_tokens=10)  # 512 of prompt, a label of ten: what the benchmark allows
@@ -39,64 +36,7 @@ SCORED = Scored(prompt_tokens=512, option_tokens=60)  # fourteen labels of four 
 ENERGY_SHARE = {1: 0.54, 14: 0.82}  # of a layer input's directions that PEGP protects at energy 0.99, on mini_llama2
 
 
-@dataclass(frozen=True)
-class Machine:
-    """One GPU: an H200's data sheet; the share of its peak that training reaches is assumed, not measured."""
-
-    flops: float = 989e12  # bf16, dense
-    bytes_per_s: float = 4.8e12
-    share: float = 0.40
-    flops_64: float = 1e12  # of decompositions in float64: assumed, far below the data sheet
-
-
-@dataclass(frozen=True)
-class Work:
-    """A task of the four-task benchmark: its rows on average, and tokens of a row of 512 at most."""
-
-    train_rows: int = 8250
-    test_rows: int = 7600
-    tokens: int = 200  # prompts are far from 512 on average
-    written: int = 4  # label tokens until a row's end or its text is dead
-
-
-@cache
-def llama(hidden: int, inner: int, layers: int, heads: int, groups: int) -> nn.Module:
-    """LLaMA-2 of these shapes, without weights."""
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-    )
-    with torch.device("meta"):
-        return LlamaForCausalLM(config)
-
-
-@cache
-def t5(width: int, layers: int, heads: int) -> nn.Module:
-    """T5 of version 1.0, without weights."""
-    config = T5Config(
-        d_model=width, d_kv=64, d_ff=4 * width, num_layers=layers, num_decoder_layers=layers, num_heads=heads
-    )
-    with torch.device("meta"):
-        return T5ForConditionalGeneration(config)
-
-
-SHAPES = {
-    "LLaMA-2-7B": (4096, 11008, 32, 32, 32),
-    "LLaMA-2-13B": (5120, 13824, 40, 40, 40),
-    "LLaMA-2-70B": (8192, 28672, 80, 64, 8),
-}
-T5_SHAPES = {"T5-base": (768, 12, 12), "T5-large": (1024, 24, 16)}
 RECIPES = {"llama2_*.yaml": "LLaMA-2-7B", "t5_base_*.yaml": "T5-base", "t5_large_*.yaml": "T5-large"}
-
-
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table. Every row has a cell for each head."""
-    assert all(len(row) == len(heads) for row in rows), [len(row) for row in rows]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def memory_table() -> str:
@@ -152,22 +92,18 @@ def with_needs(path: Path) -> str:
     return text
 
 
-def _widths(model: Any, names: Sequence[str]) -> list[tuple[int, int]]:
-    layers: list[Any] = [model.get_submodule(name) for name in names]
-    return [(layer.in_features, layer.out_features) for layer in layers]
-
-
 def growth_table(tasks: Sequence[int] = (1, 4, 15, 100)) -> str:
     """GB that a stream's stages and bases take, q and v adapted at r = 8, and what bounds them."""
     rows, r = [], 8
     for name, shape in SHAPES.items():
         model = llama(*shape)
-        widths = _widths(model, target_modules(model, "llama2", None))
-        inputs = [d_in for d_in, _ in widths[::2]]  # q and v of a layer read one tensor
-        gates = _widths(model, full_rank_modules(model, "llama2", None))
-        lora = 4 * r * sum(d_in + d_out for d_in, d_out in widths)
+        layers = widths(model, target_modules(model, "llama2", None))
+        inputs = [d_in for d_in, _ in layers[::2]]  # q and v of a layer read one tensor
+        gates = widths(model, full_rank_modules(model, "llama2", None))
+        lora = 4 * r * sum(d_in + d_out for d_in, d_out in layers)
         full = 4 * sum(d * d for d in inputs)
-        capped = [4 * sum(d * min(d, r * T) for pair in widths for d in pair) for T in tasks]
+        narrow = [_narrow_bases(layers, r * T) for T in tasks]
+        kept = [sum(_narrow_bases(layers, r * t) for t in range(1, T + 1)) for T in tasks]
         masters = 4 * sum(d_in * d_out for d_in, d_out in gates)
         rows += [
             [
@@ -190,9 +126,15 @@ def growth_table(tasks: Sequence[int] = (1, 4, 15, 100)) -> str:
             ],
             [
                 name,
-                "GORP's and LB-CL's bases, at most",
-                *(f"{size / GB:.2f}" for size in capped),
+                "GORP's and LB-CL's bases in memory, at most",
+                *(f"{size / GB:.2f}" for size in narrow),
                 "r directions a task",
+            ],
+            [
+                name,
+                "GORP's and LB-CL's bases, all stages on disk, at most",
+                *(f"{size / GB:.1f}" for size in kept),
+                "no bound: each stage holds its own",
             ],
             [
                 name,
@@ -202,6 +144,11 @@ def growth_table(tasks: Sequence[int] = (1, 4, 15, 100)) -> str:
             ],
         ]
     return markdown(["backbone", "what", *(f"{count} tasks" for count in tasks), "bound"], rows)
+
+
+def _narrow_bases(layers: Sequence[tuple[int, int]], directions: int) -> float:
+    """Bytes of a basis on either side of each layer."""
+    return 4 * sum(d * min(d, directions) for pair in layers for d in pair)
 
 
 def _share(tasks: int) -> float:
@@ -219,15 +166,15 @@ def time_table(machine: Machine, work: Work) -> str:
         tokens = work.train_rows * work.tokens
         # Forward 2 N a token, backward 2 N (frozen weights have no gradient), recomputation 2 N.
         train = 6 * count * tokens
-        trained = sum(d_in + d_out for d_in, d_out in _widths(model, target_modules(model, "llama2", None))) * 8
+        trained = sum(d_in + d_out for d_in, d_out in widths(model, target_modules(model, "llama2", None))) * 8
         features = 2 * count * 256 * work.tokens
         read = 2 * count * work.test_rows * work.tokens
-        # Each token written reads all weights once for a batch of 64 rows.
-        written = 2 * count * work.written * work.test_rows / 64 / machine.bytes_per_s
+        # Each token written reads all weights once for a batch of rows.
+        written = 2 * count * work.written * work.test_rows / work.scored_together / machine.bytes_per_s
         for gpus in GPUS[1:]:
             speed = gpus * machine.flops * machine.share
             cell = read / speed + written / gpus
-            growth = sum(GROWTH * d_in**3 for d_in, _ in _widths(model, target_modules(model, "llama2", None))[::2])
+            growth = sum(GROWTH * d_in**3 for d_in, _ in widths(model, target_modules(model, "llama2", None))[::2])
             rows.append(
                 [
                     name,
@@ -256,7 +203,12 @@ def time_table(machine: Machine, work: Work) -> str:
 
 def tables() -> dict[str, str]:
     """The page's tables by name."""
-    return {"memory": memory_table(), "growth": growth_table(), "time": time_table(Machine(), Work())}
+    return {
+        "memory": memory_table(),
+        "growth": growth_table(),
+        "time": time_table(Machine(), Work()),
+        "methods": methods_table(Machine(), Work(), ROW),
+    }
 
 
 def filled(page: str) -> str:

@@ -45,19 +45,26 @@ ADAPTERS: dict[str, Any] = {  # in the place of a LoRA; through a stream by seql
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By family, a random backbone; under "<family>-unpacked", one that holds what its 4 bits stand for."""
+    """By family, a random backbone; under "<family>-<bits>", one that holds what its 4 or 8 bits stand for."""
     root = tmp_path_factory.mktemp("backbones")
     made = {}
     for family in FAMILIES:
         made[family] = save_backbone(root / family, family)
-        packed = load_backbone(made[family], family, dtype=torch.float32, quantization="nf4")
-        plain: Any = load_backbone(made[family], family, dtype=torch.float32)
-        for name in packed_layers(packed):
-            weight: Any = packed.get_submodule(name).weight
-            plain.get_submodule(name).weight.copy_(dequantize_4bit(weight, weight.quant_state))
-        made[f"{family}-unpacked"] = root / f"{family}-unpacked"
-        plain.save_pretrained(made[f"{family}-unpacked"])
+        for bits, values in UNPACKED.items():
+            packed = load_backbone(made[family], family, dtype=torch.float32, quantization=bits)
+            plain: Any = load_backbone(made[family], family, dtype=torch.float32)
+            for name in packed_layers(packed):
+                weight: Any = packed.get_submodule(name).weight
+                plain.get_submodule(name).weight.copy_(values(weight))
+            made[f"{family}-{bits}"] = root / f"{family}-{bits}"
+            plain.save_pretrained(made[f"{family}-{bits}"])
     return made
+
+
+UNPACKED: dict[Any, Any] = {
+    "nf4": lambda weight: dequantize_4bit(weight, weight.quant_state),
+    "int8": lambda weight: weight.CB.float() * weight.SCB[:, None] / 127,
+}
 
 
 def packed_layers(model: nn.Module) -> list[str]:
@@ -69,20 +76,37 @@ def method_of(folder: Path, family: str, name: str) -> Any:
     return new_method(folder, family, method, ADAPTERS.get(name, LORA), **METHODS[method])
 
 
-FAST = [("t5", "pegp"), ("llama2", "lbcl"), ("llama2", "gorp"), ("t5", "bottleneck")]
-STREAMS = [(family, name) for family in FAMILIES for name in (*METHODS, "bottleneck", "prompt", "prefix")]
+LOOKING = ("pegp", "lbcl")
+FAST = [
+    ("t5", "pegp", "nf4"),
+    ("llama2", "lbcl", "nf4"),
+    ("llama2", "gorp", "nf4"),
+    ("t5", "bottleneck", "nf4"),
+    ("t5", "gorp", "int8"),
+    ("llama2", "inclora", "int8"),
+]
+# PEGP's features and LB-CL's sensitivities come from passes in evaluation mode, in which int8 layers round what they
+# read too: a test of their own, below.
+STREAMS = [
+    (family, name, bits)
+    for family in FAMILIES
+    for name in (*METHODS, "bottleneck", "prompt", "prefix")
+    for bits in UNPACKED
+    if bits == "nf4" or name not in LOOKING
+]
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [pair if pair in FAST else pytest.param(*pair, marks=pytest.mark.full) for pair in STREAMS]
+    ("family", "name", "bits"),
+    [case if case in FAST else pytest.param(*case, marks=pytest.mark.full) for case in STREAMS],
 )
-def test_a_stream_beside_four_bits_is_the_stream_beside_their_values(folders, family: str, name: str) -> None:
+def test_a_stream_beside_packed_weights_is_the_stream_beside_their_values(folders, family, name, bits) -> None:
     """Three tasks: what each trains differs by rounding alone, so the past's branch is what merging would have been."""
-    plain, folder = folders[f"{family}-unpacked"], folders[family]
+    plain, folder = folders[f"{family}-{bits}"], folders[family]
     expected, packed = method_of(plain, family, name), method_of(folder, family, name)
     for task in (1, 2, 3):
         wanted = learn(plain, family, expected, task, training=CALM)
-        found = learn(folder, family, packed, task, training=CALM, quantization="nf4")
+        found = learn(folder, family, packed, task, training=CALM, quantization=bits)
         assert found.keys() == wanted.keys() != set()
         apart = sum((found[key] - wanted[key]).square().sum() for key in wanted)
         size = sum(wanted[key].square().sum() for key in wanted)
@@ -117,7 +141,7 @@ def test_the_past_stands_beside_the_weight_and_is_replaced(folders, family: str,
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_task_is_scored_with_its_own_model_beside_four_bits(folders, family: str) -> None:
-    plain, folder = folders[f"{family}-unpacked"], folders[family]
+    plain, folder = folders[f"{family}-nf4"], folders[family]
     targets = target_modules(load_backbone(plain, family, dtype=torch.float32), family, "all_linear")
     method = method_of(folder, family, "pertask")
     for task in (1, 2):
@@ -158,14 +182,22 @@ def test_the_plan_counts_what_a_packed_backbone_holds(family: str, bits: Any) ->
     assert sum(tensor.nbytes for tensor in held.values()) == pytest.approx(frozen_bytes(recipe, plain), rel=0.02)
 
 
+@pytest.mark.parametrize("name", LOOKING)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pegp_beside_eight_bits_learns_and_does_not_leak(folders, family: str) -> None:
-    """In scoring (and on a GPU in training) int8 rounds activations too, so no other numbers are its reference."""
-    method = method_of(folders[family], family, "pegp")
-    for task in (1, 2):
-        trained = learn(folders[family], family, method, task, training=CALM, quantization="int8")
-        assert sum(float(tensor.abs().sum()) for name, tensor in trained.items() if name.endswith(".B")) > 0
-    assert max(method.leaks()[2].values()) <= 1e-5
+def test_methods_that_look_first_learn_beside_eight_bits_and_do_not_leak(folders, family: str, name: str) -> None:
+    """Near what the numbers that 8 bits stand for give: looking rounds what layers read to 1/254 = 4e-3 of a row's most.
+
+    Of the trained tensors after three tasks 7e-3 (pegp) and 7e-4 (lbcl) were measured.
+    """
+    plain, folder = folders[f"{family}-int8"], folders[family]
+    expected, packed = method_of(plain, family, name), method_of(folder, family, name)
+    for task in (1, 2, 3):
+        wanted = learn(plain, family, expected, task, training=CALM)
+        found = learn(folder, family, packed, task, training=CALM, quantization="int8")
+        apart = sum((found[key] - wanted[key]).square().sum() for key in wanted)
+        assert (apart / sum(value.square().sum() for value in wanted.values())).sqrt() <= 2e-2
+    for leaks in packed.leaks().values():
+        assert max(leaks.values()) <= 1e-5
 
 
 @pytest.mark.parametrize(

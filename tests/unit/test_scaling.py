@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.scaling import PAGE, SCORED, SHAPES, T5_SHAPES, filled, llama, recipes, t5, with_needs
+from benchmarks.scaling import PAGE, SCORED, filled, recipes, with_needs
+from benchmarks.scaling_methods import methods_table
+from benchmarks.shapes import SHAPES, T5_SHAPES, Machine, Work, llama, t5
 from pipeline.adapter_kinds import adapter_kind
 from pipeline.memory_estimate import LongestRow, feature_bytes, frozen_bytes, memory_per_rank, scoring_bytes
 from pipeline.recipe import Recipe
@@ -29,7 +31,24 @@ def test_its_cells_are_what_a_hand_computes() -> None:
     training = 6 * parameters * 8250 * 200 / (8 * 989e12 * 0.4)
     assert f"| LLaMA-2-7B | LoRA or triplets, all stages on disk | {lora / 1e9:.2f} |" in page
     assert f"| {4 * bases / 1e9:.2f} | {15 * bases / 1e9:.2f} | {100 * bases / 1e9:.2f} | r directions a task |" in page
+    on_disk = [sum(range(1, count + 1)) * bases / 1e9 for count in (1, 4, 15, 100)]
+    cells = " | ".join(f"{size:.1f}" for size in on_disk)
+    assert f"| LLaMA-2-7B | GORP's and LB-CL's bases, all stages on disk, at most | {cells} |" in page
     assert f"| LLaMA-2-7B | 8 | {training:.0f} | {lora / 1e6:.0f} |" in page
+
+
+def test_what_methods_add_is_what_a_hand_computes() -> None:
+    """LLaMA-2-7B on 8 GPUs at task 15: 112 old triplets in each of 64 layers of 4096 x 4096; 32 distinct inputs."""
+    rows = [line.split(" | ") for line in methods_table(Machine(), Work(), LongestRow(522, 10)).splitlines()[2:]]
+    found = {row[1]: (float(row[4]), row[5], row[6].removesuffix(" |")) for row in rows if "LLaMA-2-7B" in row[0]}
+    speed, tokens, parameters = 8 * 989e12 * 0.4, 200, 6_738_415_616
+    sums = 8 * tokens * 64 * 4 * 112 * 8192
+    looks = (6 * 8 + 2 * (64 + 64 + 8)) * parameters * tokens
+    assert found["lbcl"][1] == f"{(sums + looks) / speed:.2f}"
+    assert found["gorp"][1] == f"{6 * 64 * parameters * tokens / speed:.2f}"
+    assert found["pegp"][2] == f"{2 * 256 * parameters * tokens / speed + 32 * 12 * 4096**3 / 1e12:.1f}"
+    assert found["pegp"][0] - found["inclora"][0] == pytest.approx(64 * 4096 * 2048 * 2 / 1e9, abs=0.1)
+    assert found["lbcl"][0] - found["inclora"][0] == pytest.approx(64 * 2 * 4096 * 112 * 2 / 1e9, abs=0.1)
 
 
 def test_the_estimate_is_what_a_hand_computes() -> None:
