@@ -8,6 +8,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import copy
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -17,16 +18,26 @@ import torch
 from benchmarks import gorp_costs
 from benchmarks.command_line import writable
 from benchmarks.pairs import Report, write_json
-from benchmarks.streams import MODELS
+from benchmarks.streams import MODELS, Streams
+from benchmarks.tasks import STREAM
 from benchmarks.training import Ours
 from data_prep.errors import UserError
 from eval.decode import predict
 from pipeline.engine import Ranks
-from pipeline.memory_estimate import frozen_bytes, longest_row, longest_scored, memory_per_rank, scoring_bytes
+from pipeline.memory_estimate import (
+    beginning_bytes,
+    feature_bytes,
+    frozen_bytes,
+    longest_of,
+    longest_row,
+    longest_scored,
+    memory_per_rank,
+    scoring_bytes,
+)
 from pipeline.models import skeleton
 from pipeline.recipe import Recipe
 from pipeline.weights import Weights
-from pipeline.workload import Alone, Workload, load_workload
+from pipeline.workload import Alone, StreamTask, Workload, load_workload
 
 SETTINGS: Sequence[Sequence[str]] = (
     ["zero=0"],
@@ -40,13 +51,15 @@ SETTINGS: Sequence[Sequence[str]] = (
     ["zero=2", "model.quantization=nf4", "engine.gradient_checkpointing=true"],
     ["zero=2", "model.quantization=int8", "engine.gradient_checkpointing=true"],
 )
+METHODS = ("inclora", "olora", "pegp", "gorp", "lbcl")
+STEPS = 2  # of each old task, for memories that come from training
 MIB = 2**20
 
 
-def measured(workload: Workload, ranks: Ranks) -> tuple[int, int]:
-    """Bytes of the frozen weights, and the most that torch's allocator held above them until a step was done."""
-    task = workload.tasks[0]
-    ours = Ours(workload, task, ranks, start=False)
+def measured(workload: Workload, ranks: Ranks, task: StreamTask, method: Any = None, index: int = 1) -> list[int]:
+    """Bytes of the frozen weights; the most that torch's allocator held above them until a step was done, and then
+    until the task had ended."""
+    ours = Ours(workload, task, ranks, start=False, method=method, index=index)
     constants = [state for weight in ours.model.parameters() for state in _constants(weight)]
     frozen = gorp_costs.resident_bytes([*ours.model.parameters(), *constants])
     by_length = sorted(range(len(task.train)), key=[len(row.input_ids) for row in task.train].__getitem__)
@@ -56,7 +69,9 @@ def measured(workload: Workload, ranks: Ranks) -> tuple[int, int]:
         ours.start()
         ours.longest_step(rows)
 
-    return frozen, gorp_costs.peak_bytes(step)
+    until_step = gorp_costs.peak_bytes(step)
+    held = gorp_costs.resident_bytes([*ours.model.parameters(), *constants]) - frozen
+    return [frozen, until_step, held + gorp_costs.peak_bytes(ours.end)]
 
 
 def _constants(weight: Any) -> list[Any]:
@@ -72,7 +87,7 @@ def compare(report: Report, name: str, changes: Sequence[str], ranks: Ranks) -> 
     model: Any = skeleton(workload.model_folder, recipe.model.family)
     held = frozen_bytes(recipe, model)
     parts = memory_per_rank(recipe, workload.kind, model, longest_row(workload), world=ranks.world)
-    frozen, above = measured(workload, ranks)
+    frozen, above, _ = measured(workload, ranks, workload.tasks[0])
     estimated = sum(parts.values())
     report.state(
         f"{name}, {' '.join(changes)}",
@@ -83,6 +98,33 @@ def compare(report: Report, name: str, changes: Sequence[str], ranks: Ranks) -> 
             "of it frozen weights, estimated and measured": [round(held / MIB, 1), round(frozen / MIB, 1)],
         },
     )
+
+
+def compare_method(report: Report, name: str, streams: Streams, method: str, ranks: Ranks) -> None:
+    """The same of a method's fifteenth task, its begin included; and of that task's end, above the weights."""
+    recipe = Recipe.load(f"recipes/{name}_order4.yaml", [f"method={method}"])
+    workload = load_workload(recipe, Alone())
+    task = next(task for task in workload.tasks if task.name == "agnews")
+    longest = longest_of(task.train)
+    model: Any = skeleton(workload.model_folder, recipe.model.family)
+    parts = memory_per_rank(recipe, workload.kind, model, longest, world=ranks.world)
+    estimated = max(sum(parts.values()), beginning_bytes(recipe, model, longest))
+    after = copy.deepcopy(streams.after(method, len(STREAM) - 1))
+    frozen, above, at_end = measured(workload, ranks, task, after, len(STREAM))
+    told = {
+        "estimated MiB": round(estimated / MIB, 1),
+        "measured MiB": round((frozen + above) / MIB, 1),
+        "estimated / measured": round(estimated / (frozen + above), 2),
+        "bases: on the device, estimated at most; as kept": [
+            round(parts["protected bases, at most"] / MIB, 1),
+            round(after.memory.bytes / MIB, 1) if hasattr(after, "memory") else 0.0,
+        ],
+        "end of the task, above the weights, sums of features estimated and all measured": [
+            round(feature_bytes(recipe, workload.kind, model) / MIB, 1),
+            round(at_end / MIB, 1),
+        ],
+    }
+    report.state(f"{name}, {method} at task {len(STREAM)}", told)
 
 
 def compare_scoring(report: Report, name: str, ranks: Ranks) -> None:
@@ -133,6 +175,9 @@ def main() -> int:
         for name in [options.model] if options.model else MODELS:
             for changes in SETTINGS:
                 compare(report, name, changes, ranks)
+            streams = Streams(name, steps={"gorp": STEPS, "lbcl": STEPS})
+            for method in METHODS:
+                compare_method(report, name, streams, method, ranks)
             compare_scoring(report, name, ranks)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -43,23 +43,32 @@ TASKS = ("agnews", "SST-2")
 
 
 class Ours:
-    """`inclora`'s first task as the pipeline trains it, DeepSpeed included."""
+    """A task as the pipeline trains it, DeepSpeed included: `inclora`'s first, or another method's at its place."""
 
-    def __init__(self, workload: Workload, task: StreamTask, ranks: Ranks, *, start: bool = True) -> None:
-        """Without `start` the backbone alone is there, until `start` is called."""
+    def __init__(
+        self,
+        workload: Workload,
+        task: StreamTask,
+        ranks: Ranks,
+        *,
+        start: bool = True,
+        method: Any = None,
+        index: int = 1,
+    ) -> None:
+        """Without `start` the backbone alone is there, until `start` is called. `method` is used up."""
         recipe = workload.recipe
         self._recipe, self._ranks, self._task = recipe, ranks, task
         self._training = recipe.training.model_copy(update={"epochs": 1})
-        self._steps = plan_task(task.train, self._training, recipe.batching, seed=recipe.seed, task_index=1)
+        self._steps = plan_task(task.train, self._training, recipe.batching, seed=recipe.seed, task_index=index)
         self.model = Weights(workload, ranks.device).give_away({})
-        self._method: Any = METHODS["inclora"](recipe.method, workload.kind, task_count=1)
+        self._method: Any = method or METHODS["inclora"](recipe.method, workload.kind, task_count=1)
         self._ctx = Context(
             self.model,
             ranks=ranks,
             family=recipe.model.family,
             pad_id=int(workload.tokenizer.pad_token_id or 0),
             targets=workload.targets,
-            task_index=1,
+            task_index=index,
             examples=task.train,
             micro_batch_size=self._training.micro_batch_size,
             seed=recipe.seed,
@@ -75,7 +84,12 @@ class Ours:
         prepare_for_training(self.model, gradient_checkpointing=engine.gradient_checkpointing)
         self._method.begin_task(self._ctx)
         module = LabelLoss(self.model, self._recipe.model.family)
-        self._ctx.started(TaskEngine(module, engine, self._training, self._ranks))
+        self._ctx.started(TaskEngine(module, engine, self._training, self._ranks, self._method.groups()))
+        self._method.engine_started(self._ctx)
+
+    def end(self) -> None:
+        """What the method does when the task ends."""
+        self._method.end_task(self._ctx)
 
     def epoch(self, _: int) -> None:
         """All rows once."""

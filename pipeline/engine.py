@@ -220,6 +220,11 @@ class TaskEngine:
             optimizer=self._optimizer,
             config=config,
         )
+        if settings.zero == 3:
+            # While DeepSpeed learns the order of modules, in a first forward and wherever that order changes, it
+            # releases persistent tensors too, and a penalty after the forward would read nothing; it leaves these.
+            for parameter in trained:
+                parameter.is_external_param = True  # type: ignore[attr-defined]
         self._own_hooks = hook_ids(model) - foreign_hooks
         if settings.zero in (1, 2) and len(self._optimizer.param_groups) > 1 and training.optimizer == "adamw":
             self._make_moments()

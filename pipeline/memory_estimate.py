@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from data_prep.batches import Example
 from eval.label_scoring import LOGITS_PER_FORWARD
 from pipeline.adapter_kinds import trainable_parameters
 from pipeline.adapters.base import AdapterKind
@@ -44,7 +46,11 @@ def longest_scored(workload: Workload) -> Scored:
 
 def longest_row(workload: Workload) -> LongestRow:
     """Of all tasks."""
-    rows = [example for task in workload.tasks for example in task.train]
+    return longest_of([example for task in workload.tasks for example in task.train])
+
+
+def longest_of(rows: Sequence[Example]) -> LongestRow:
+    """Of these."""
     return LongestRow(
         max(len(example.input_ids) + len(example.label_ids) for example in rows),
         max(len(example.label_ids) for example in rows),

@@ -51,12 +51,23 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: save_backbone(root / family, family) for family in ("t5", "llama2")}
 
 
+def _gpus() -> int:
+    found = shutil.which("nvidia-smi")
+    return subprocess.run([found, "-L"], capture_output=True, text=True).stdout.count("GPU ") if found else 0
+
+
 @pytest.fixture(scope="session")
 def gpu_environment() -> dict[str, str]:
     """The environment of a command that may see this machine's GPUs."""
-    found = shutil.which("nvidia-smi")
-    seen = found and subprocess.run([found, "-L"], capture_output=True, text=True).stdout.count("GPU ")
-    if not seen:
+    if not _gpus():
         pytest.skip("no NVIDIA GPU on this machine (nvidia-smi lists none)")
     given = {name: value for name, value in DEVICES.items() if value is not None}
     return {name: value for name, value in os.environ.items() if name not in DEVICES} | given
+
+
+@pytest.fixture(scope="session")
+def two_gpus(gpu_environment: dict[str, str]) -> dict[str, str]:
+    """The same, of a machine with more than one."""
+    if _gpus() < 2:
+        pytest.skip("one NVIDIA GPU on this machine: two ranks need two")
+    return gpu_environment

@@ -51,6 +51,7 @@ class Case:
     mode: str = "corrected"  # of the method gorp; literal sets `project` and `refresh` itself
     bits: Literal["nf4", "int8"] | None = None  # of the backbone, in the run two_tasks
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    one_each: bool = False  # one micro-batch a step for either of two ranks, of `pegp_runs`
     long: bool = False  # tasks of 50 steps, of the methods pegp and gorp
 
     def __str__(self) -> str:
@@ -67,6 +68,7 @@ class Case:
         parts += [] if self.mode == "corrected" else [self.mode]
         parts += [self.bits] if self.bits else []
         parts += [] if self.optimizer == "adamw" else [self.optimizer]
+        parts += ["one-each"] if self.one_each else []
         parts += ["50-steps"] if self.long else []
         return "-".join(parts)
 
@@ -86,7 +88,8 @@ class Case:
 
     @property
     def training(self) -> Training:
-        return (FIFTY_STEPS if self.long else TRAINING).model_copy(update={"optimizer": self.optimizer})
+        changes = {"optimizer": self.optimizer} | ({"micro_batch_size": 4} if self.one_each else {})
+        return (FIFTY_STEPS if self.long else TRAINING).model_copy(update=changes)
 
     def kind(self, targets: list[str]) -> LoraKind:
         return LoraKind(targets, rank=3, alpha=6, dropout=self.dropout)

@@ -130,6 +130,7 @@ def test_the_memory_does_not_depend_on_the_number_of_ranks(runs, case: Case) -> 
 
 
 OLORA = [Case("two_tasks", family, zero, method="olora") for family in FAMILIES for zero in (0, 1, 2, 3)]
+OLORA += [Case("two_tasks", family, 3, method="olora", one_each=True) for family in FAMILIES]
 
 
 @pytest.mark.parametrize("case", full(OLORA, but=[OLORA[7]]), ids=str)

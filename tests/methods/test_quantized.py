@@ -185,7 +185,7 @@ def test_the_plan_counts_what_a_packed_backbone_holds(family: str, bits: Any) ->
 @pytest.mark.parametrize("name", LOOKING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_methods_that_look_first_learn_beside_eight_bits_and_do_not_leak(folders, family: str, name: str) -> None:
-    """Near what the numbers that 8 bits stand for give: looking rounds what layers read to 1/254 = 4e-3 of a row's most.
+    """Near what 8 bits' numbers give: looking rounds what layers read to 1/254 = 4e-3 of a row's most.
 
     Of the trained tensors after three tasks 7e-3 (pegp) and 7e-4 (lbcl) were measured.
     """
