@@ -134,7 +134,7 @@ def interval_chart(rows: Sequence[Interval], *, title: str, x_title: str) -> Mar
     names = [textwrap.fill(row.name, LONGEST_NAME) for row in rows]
     lines_of_text = sum(1 + name.count("\n") for name in names)
     with rc_context(_STYLE):
-        figure, axes = _canvas(70 + 14 * len(rows) + 1.3 * FONT * lines_of_text)
+        figure, axes = _canvas(86 + 14 * len(rows) + 1.3 * FONT * lines_of_text)
         for place, row in enumerate(rows):
             axes.plot([row.low, row.high], [place, place], color=LINES[0], marker="|", markersize=9)
             axes.plot([row.value], [place], color=LINES[0], marker="o", gid=f"tip-{place}")

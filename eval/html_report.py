@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from eval.accuracy import DEFINITIONS
 from eval.charts import Interval, interval_chart
-from eval.comparison_report import READING, SCALARS
+from eval.comparison_tables import READING, average_table, difference_text, run_columns
 from eval.confusion import Confusion, confusions
 from eval.published import backbone_name, figures_for, order_name, other_row_counts, source_legend
 from eval.report_charts import (
@@ -77,20 +77,38 @@ def format_html(run_dir: Path, results: Results) -> str:
 
 def format_comparison(content: Mapping[str, Any]) -> str:
     """The page of many runs, from what `comparison_report.compare` gives."""
-    charts = []
-    for backbone in dict.fromkeys(found["backbone"] for found in content["averages"]):
-        for score in SCORES:
-            rows = [
-                Interval(found["method"], one["mean"], one["low"], one["high"])
-                for found in content["averages"]
-                if found["backbone"] == backbone and (one := found[score]) is not None
-            ]
-            title = f"{backbone}: average accuracy, {score.replace('_', ' ')}"
-            charts.append((title, interval_chart(rows, title=title, x_title="%, mean and 95 % interval")))
+    charts = [
+        (title, interval_chart(rows, title=title, x_title=x_title)) for title, rows, x_title in _intervals(content)
+    ]
+    header, averages = average_table(content)
     page: str = _page("comparison.html.j2").render(
-        content=content, charts=charts, scores=SCORES, scalars=list(SCALARS), reading=READING
+        content=content,
+        charts=charts,
+        header=header,
+        averages=averages,
+        wide=[name for name in header if name == "backbone" or "against" in name or "published" in name],
+        columns=run_columns(content["runs"]),
+        scores=SCORES,
+        reading=READING,
+        difference_text=difference_text,
     )
     return page
+
+
+def _intervals(content: Mapping[str, Any]) -> Iterator[tuple[str, list[Interval], str]]:
+    """Title, rows and what is measured of each chart: averages, then differences, by backbone and score."""
+    for key, what, measured in (
+        ("averages", "average accuracy", "%, mean and 95 % interval"),
+        ("mean_differences", f"AA against {content['against']}", "points, mean and 95 % interval"),
+    ):
+        for backbone in dict.fromkeys(found["backbone"] for found in content[key]):
+            for score in SCORES:
+                rows = [
+                    Interval(found["method"], one["mean"], one["low"], one["high"])
+                    for found in content[key]
+                    if found["backbone"] == backbone and (one := found[score]) is not None and one["low"] is not None
+                ]
+                yield f"{backbone}: {what}, {score.replace('_', ' ')}", rows, measured
 
 
 @cache
