@@ -120,6 +120,12 @@ def test_on_paper_a_dark_screen_prints_in_light(browser: Chrome, pages: dict[str
     show(browser, pages["report"], scheme="dark", media="print")
     assert browser.execute_script(COLOURS)["paper"] == "rgb(255, 255, 255)"
     assert browser.execute_script("return getComputedStyle(document.querySelector('nav')).display") == "none"
+    closed = (
+        "return [...document.querySelectorAll('details:not([open])')].map(d => d.lastElementChild.checkVisibility())"
+    )
+    opened: list[bool] = browser.execute_script(closed)
+    assert opened
+    assert all(opened), "what is folded on a screen is printed"
 
 
 def test_a_cell_of_the_matrix_opens_what_was_written_in_it(browser: Chrome, pages: dict[str, Path]) -> None:
