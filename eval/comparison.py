@@ -82,7 +82,10 @@ def _replicates(percent: Replicates, counts: npt.NDArray[np.int64], draw: np.ran
 
 
 def _interval(replicates: Replicates, orders: Sequence[str], draw: np.random.Generator) -> tuple[float, float]:
-    """The interval of the mean over runs from `replicates` [r, RESAMPLES], each run's over its rows; `orders` [r]."""
+    """The interval of the mean over runs from `replicates` [r, RESAMPLES], each run's over its rows; `orders` [r].
+
+    By hand, since scipy's bootstrap draws at one level alone.
+    """
     groups = [[place for place, of in enumerate(orders) if of == order] for order in dict.fromkeys(orders)]
     total, runs = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
     drawn_orders = draw.integers(len(groups), size=(len(groups), RESAMPLES))

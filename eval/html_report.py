@@ -25,7 +25,7 @@ from eval.report_charts import (
     stream_chart,
     training_chart,
 )
-from eval.results import SCORES
+from eval.results import SCORES, measured
 from eval.run_events import RunEvents, read_events
 from eval.run_files import UNTRAINED, stage_names
 from eval.summary import PERPLEXITY, number, score_title, significant
@@ -48,7 +48,7 @@ def format_html(run_dir: Path, results: Results) -> str:
         backbone=backbone_name(results["model"]),
         headline=_scalars(results, HEADLINE),
         scalars=_scalars(results, [key for key, _, _ in DEFINITIONS]),
-        matrices=[_matrix(results, score) for score in SCORES if _measured(results, score)],
+        matrices=[_matrix(results, score) for score in SCORES if measured(results, score)],
         cells=cells,
         places={(cell.after, cell.task): place for place, cell in enumerate(cells)},
         stages=[(after, after if after == UNTRAINED else f"after {task}") for after, task in _stages(order)],
@@ -97,7 +97,7 @@ def format_comparison(content: Mapping[str, Any]) -> str:
 
 def _intervals(content: Mapping[str, Any]) -> Iterator[tuple[str, list[Interval], str]]:
     """Title, rows and what is measured of each chart: averages, then differences, by backbone and score."""
-    for key, what, measured in (
+    for key, what, x_title in (
         ("averages", "average accuracy", "%, mean and 95 % interval"),
         ("mean_differences", f"AA against {content['against']}", "points, mean and 95 % interval"),
     ):
@@ -108,7 +108,7 @@ def _intervals(content: Mapping[str, Any]) -> Iterator[tuple[str, list[Interval]
                     for found in content[key]
                     if found["backbone"] == backbone and (one := found[score]) is not None and one["low"] is not None
                 ]
-                yield f"{backbone}: {what}, {score.replace('_', ' ')}", rows, measured
+                yield f"{backbone}: {what}, {score.replace('_', ' ')}", rows, x_title
 
 
 @cache
@@ -163,11 +163,6 @@ def _unseen(results: Results) -> list[dict[str, Any]]:
         for task, found in results["unseen"].items()
         for score in SCORES
     ]
-
-
-def _measured(results: Results, score: str) -> bool:
-    rows = [results["untrained"][score], *results["matrix"][score]]
-    return any(value is not None for row in rows for value in row)
 
 
 def _matrix(results: Results, score: str) -> dict[str, Any]:

@@ -59,6 +59,12 @@ def build_results(run_dir: Path) -> dict[str, Any]:
     }
 
 
+def measured(results: Mapping[str, Any], score: str) -> bool:
+    """Whether any cell of the order has the score."""
+    rows = [results["untrained"][score], *results["matrix"][score]]
+    return any(value is not None for row in rows for value in row)
+
+
 def _correct(cell: Cell | None, score: str) -> int | None:
     if cell is None:
         return None
