@@ -9,15 +9,17 @@ if __name__ == "__main__":
 
 import argparse
 import copy
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import exp, log
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import gorp_costs
 from benchmarks.command_line import writable
 from benchmarks.finished_runs import FinishedRun
 from benchmarks.pairs import Report, compare, table, write_json
@@ -38,6 +40,8 @@ MEAN_GOAL = 1 / 1.5  # of the geometric mean over tasks, on models that stop by 
 
 class Scoring:
     """A task's rows, scored by us and by transformers' own `generate`, in batches of equal size."""
+
+    generation: ClassVar[dict[str, Any]] = {}  # what `generate` is told beside
 
     def __init__(self, model: Any, workload: Workload, task: StreamTask, rows: int, batch_size: int) -> None:
         self.model, self.tokenizer, self.task = model, workload.tokenizer, task
@@ -70,7 +74,12 @@ class Scoring:
             prompts = [example.input_ids for example in self.examples[start : start + self.batch_size]]
             ids, mask = _padded(prompts, int(self.tokenizer.pad_token_id or 0), left=self.family == "llama2")
             written = self.model.generate(
-                input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=NEW_TOKENS
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=NEW_TOKENS,
+                **self.generation,
             )
             written = written[:, ids.shape[1] :] if self.family == "llama2" else written[:, 1:]
             ends = end_ids(self.model, self.tokenizer)
@@ -89,7 +98,7 @@ class Scoring:
             name: [exact_match(text, label) for text, label in zip(texts, labels, strict=True)]
             for name, texts in self.texts.items()
         }
-        assert right["ours"] == right["baseline"], f"{self.task.name}: scores differ"
+        assert all(found == right["ours"] for found in right.values()), f"{self.task.name}: scores differ"
         return sum(right["ours"])
 
 
@@ -118,7 +127,12 @@ def measure(report: Report, name: str, state: str, model: Any, workload: Workloa
         found = compare(title, scoring.ours, scoring.baseline, pairs=options.pairs, goal=GOALS[state])
         ratios.append(found.ratio)
         report.add(found)
-        report.state(title, {"right": scoring.check(), "the baseline's mean length": round(fmean(scoring.lengths), 1)})
+        peaks = {
+            f"{side}: peak MiB above the weights": round(gorp_costs.peak_bytes(partial(work, 0)) / 2**20, 1)
+            for side, work in (("ours", scoring.ours), ("the baseline", scoring.baseline))
+        }
+        lengths = {"right": scoring.check(), "the baseline's mean length": round(fmean(scoring.lengths), 1)}
+        report.state(title, lengths | peaks)
     mean = exp(fmean(map(log, ratios)))
     goal = GOALS[state] if state == "endless" else MEAN_GOAL
     verdict = "met" if mean <= goal else "missed"
@@ -158,6 +172,7 @@ def main() -> int:
     parser.add_argument("--json", type=writable, metavar="OUT")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of each start and stop
     report = Report()
     print(table([]), flush=True)
     try:

@@ -9,7 +9,8 @@ from pathlib import Path
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from eval.compared_runs import ComparedRun, expand, load_runs
-from eval.comparison_report import compare, to_csv, to_markdown
+from eval.comparison_report import compare
+from eval.comparison_tables import to_csv, to_markdown
 from eval.html_report import format_comparison
 from eval.recount import recount
 from eval.report import write_results

@@ -1,73 +1,70 @@
-"""Line charts as SVG that takes its colours from the page: readable in dark and light, and without colour."""
+"""Charts as SVG that takes its colours from the page: readable in dark and light, and without colour.
+
+matplotlib draws them in stand-in colours, which `_themed` replaces by the variables of the page's style sheet, so that
+one picture serves every scheme and paper.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import io
+import re
+import textwrap
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
-WIDTH, HEIGHT = 720, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 44, 12, 42  # right: half of a name at the last tick
+WIDTH, HEIGHT = 480, 260  # of 12 points' text: readable on a phone, where a chart is 350 pixels wide
+FONT = 12
 COLOURS = 7  # --line-0 and on, in the page's style sheet: Okabe and Ito's, told apart by the colour-blind
-DASHES = ("", "8 3", "2 3", "10 3 2 3", "5 5", "12 4", "2 6")
-MARKERS = "circle", "square", "triangle"
-MOST_TICKS = 6
-ROW = 42  # of an interval, its name above it
+DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (1, 1.5)), (0, (7, 2, 1.5, 2)), (0, (4, 4)), (0, (9, 3)), (0, (2, 4)))
+MARKERS = "os^"
+MOST_UPRIGHT = 45  # letters of all names under an axis together; more are written aslant
+LONGEST_NAME = 22  # letters in a line beside an interval
+LEGEND_LETTERS = 56  # in a line, with their samples
+INK, FAINT, RULE = "#000100", "#000200", "#000300"  # stand-ins, as are those of lines
+LINES = tuple(f"#0004{index:02x}" for index in range(COLOURS))
+_PAGE = {INK: "var(--ink)", FAINT: "var(--faint)", RULE: "var(--rule)"} | {
+    colour: f"var(--line-{index})" for index, colour in enumerate(LINES)
+}
+_STYLE: Any = {  # matplotlib types the keys as literals
+    "svg.fonttype": "none",  # text stays text: searchable, and in the page's font
+    "svg.hashsalt": "chart",  # the same chart is the same file
+    "font.size": FONT,
+    "text.parse_math": False,  # a name may hold a $
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": RULE,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 2,
+    "lines.markersize": 6,
+}
+_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line; None: not measured, a gap."""
+    """One line; None: not measured, a gap. `told` says of each point what a pointer over it shows."""
 
     name: str
     points: Sequence[tuple[float, float | None]]
-
-
-def line_chart(
-    series: Sequence[Series],
-    *,
-    title: str,
-    x_title: str,
-    y_title: str,
-    x_names: Sequence[str] | None = None,
-    markers: bool = True,
-) -> Markup:
-    """A chart with its legend, from zero; `x_names` stand at x = 1, 2, ...; nothing where there is no point."""
-    points = [(x, y) for line in series for x, y in line.points if y is not None]
-    if not points:
-        return Markup("")
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
-    ticks = nice_ticks(0.0, max(ys))
-    y_low, y_high = ticks[0], ticks[-1]
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / (x_high - x_low)
-        up = (y - y_low) / (y_high - y_low)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
-
-    parts = [_svg(HEIGHT, title)]
-    for tick in ticks:
-        _, y = place(x_low, tick)
-        grid = '<line class="grid" x1="{}" x2="{}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        parts.append(Markup(grid).format(LEFT, WIDTH - RIGHT, y=y))
-        parts.append(_text("tick", LEFT - 6, y + 4, "end", f"{tick:g}"))
-    for x, name in _x_ticks(x_low, x_high, x_names):
-        parts.append(_text("tick", place(x, y_low)[0], HEIGHT - BOTTOM + 16, "middle", name))
-    parts.append(_text("axis", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "middle", x_title))
-    turned = '<text class="axis" transform="translate(12 {}) rotate(-90)" text-anchor="middle">{}</text>'
-    parts.append(Markup(turned).format((HEIGHT - BOTTOM) / 2, y_title))
-    for index, line in enumerate(series):
-        style = _stroke(index)
-        for piece in _pieces(line.points):
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in piece))
-            parts.append(Markup('<polyline class="line" style="{}" points="{}"/>').format(style, path))
-            if markers:
-                parts += [_marker(index, *place(x, y), f"{line.name}: {y:.4g}") for x, y in piece]
-    parts.append(Markup("</svg>"))
-    return Markup('<figure class="chart">{}{}</figure>').format(Markup("").join(parts), _legend(series, markers))
+    told: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,97 +77,124 @@ class Interval:
     high: float
 
 
+def line_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_title: str,
+    y_title: str,
+    x_names: Sequence[str] | None = None,
+    markers: bool = True,
+    lines: bool = True,
+) -> Markup:
+    """A chart with its legend, from zero or below; nothing where there is no point. `x_names` stand at x = 1, 2, ...
+
+    `lines` off: points alone.
+    """
+    values = [y for line in series for _, y in line.points if y is not None]
+    if not values:
+        return Markup("")
+    columns = max(1, LEGEND_LETTERS // (9 + max(len(line.name) for line in series)))
+    legend_rows = -(-len(series) // columns) if len(series) > 1 else 0
+    aslant = x_names is not None and sum(map(len, x_names)) > MOST_UPRIGHT
+    with rc_context(_STYLE):
+        figure, axes = _canvas(HEIGHT + legend_rows * 1.6 * FONT + (50 if aslant else 0))
+        tips: dict[str, Sequence[str]] = {}
+        drawn: list[Line2D] = []
+        for index, line in enumerate(series):
+            shown = [(x, float("nan") if y is None else y) for x, y in line.points]
+            tips[f"tip-{index}"] = line.told or [f"{line.name}: {y:.4g}" for _, y in line.points if y is not None]
+            drawn += axes.plot(
+                [x for x, _ in shown],
+                [y for _, y in shown],
+                gid=f"tip-{index}",
+                color=LINES[index % COLOURS],
+                linestyle=DASHES[index % len(DASHES)] if lines else "none",
+                marker=MARKERS[index % len(MARKERS)] if markers else "none",
+                clip_on=False,  # markers at the edge whole
+            )
+        axes.set(xlabel=x_title, ylabel=y_title, ylim=(min(0.0, *values, 0.0), max(*values, 0.0) * 1.06 or 1.0))
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        if x_names is not None:
+            axes.set_xticks(range(1, len(x_names) + 1), [*x_names])
+            if aslant:
+                axes.tick_params(axis="x", rotation=40)
+                for name in axes.get_xticklabels():
+                    name.set(horizontalalignment="right", rotation_mode="anchor")
+        if legend_rows:
+            names = [f" {line.name}" if line.name.startswith("_") else line.name for line in series]  # "_": left out
+            figure.legend(drawn, names, loc="outside lower center", ncols=min(columns, len(series)), handlelength=3)
+        return _inline(figure, title, tips if markers else {})
+
+
 def interval_chart(rows: Sequence[Interval], *, title: str, x_title: str) -> Markup:
-    """Two lines a row, the name and the interval with its value; from zero."""
+    """A line a row, its name and its interval with the value; from zero or below."""
     if not rows:
         return Markup("")
-    height = ROW * len(rows) + TOP + BOTTOM
-    ticks = nice_ticks(0.0, max(row.high for row in rows))
-
-    def across(value: float) -> float:
-        return TOP + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (WIDTH - TOP - RIGHT)
-
-    parts = [_svg(height, title)]
-    for tick in ticks:
-        line = '<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>'
-        parts.append(Markup(line).format(across(tick), TOP, height - BOTTOM))
-        parts.append(_text("tick", across(tick), height - BOTTOM + 16, "middle", f"{tick:g}"))
-    parts.append(_text("axis", WIDTH / 2, height - 6, "middle", x_title))
-    for index, row in enumerate(rows):
-        y = TOP + ROW * (index + 0.7)
-        parts.append(_text("axis", TOP, y - 10, "start", row.name))
-        bar = '<line class="line" style="stroke:var(--line-0)" x1="{:.1f}" x2="{:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        parts.append(Markup(bar).format(across(row.low), across(row.high), y=y))
-        parts.append(_marker(0, across(row.value), y, f"{row.name}: {row.value:.1f} [{row.low:.1f}, {row.high:.1f}]"))
-    return Markup('<figure class="chart">{}</svg></figure>').format(Markup("").join(parts))
+    names = [textwrap.fill(row.name, LONGEST_NAME) for row in rows]
+    lines_of_text = sum(1 + name.count("\n") for name in names)
+    with rc_context(_STYLE):
+        figure, axes = _canvas(86 + 14 * len(rows) + 1.3 * FONT * lines_of_text)
+        for place, row in enumerate(rows):
+            axes.plot([row.low, row.high], [place, place], color=LINES[0], marker="|", markersize=9)
+            axes.plot([row.value], [place], color=LINES[0], marker="o", gid=f"tip-{place}")
+        told = {
+            f"tip-{n}": [f"{row.name}: {row.value:.1f} [{row.low:.1f}, {row.high:.1f}]"] for n, row in enumerate(rows)
+        }
+        low, high = min(0.0, *(row.low for row in rows), 0.0), max(*(row.high for row in rows), 0.0)
+        axes.set(xlabel=x_title, xlim=(low * 1.04, high * 1.04 or 1.0), ylim=(len(rows) - 0.5, -0.5))
+        axes.set_yticks(range(len(rows)), names)
+        axes.grid(visible=False, axis="y")
+        return _inline(figure, title, told)
 
 
-def nice_ticks(low: float, high: float) -> list[float]:
-    """Round values from at most `low` to at least `high`, two to about seven of them."""
-    if not high > low:
-        low, high = low - 1, high + 1
-    rough = (high - low) / (MOST_TICKS - 1)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(step * number, 12) for number in range(first, last + 1)]
+def _canvas(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+    FigureCanvasSVG(figure)
+    figure.patch.set_visible(False)
+    axes = figure.subplots()
+    axes.patch.set_visible(False)
+    return figure, axes
 
 
-def _svg(height: float, title: str) -> Markup:
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, height, title)
+def _inline(figure: Figure, title: str, tips: Mapping[str, Sequence[str]]) -> Markup:
+    """The figure as part of a page, `tips` on the markers of the lines of these ids."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    root = ElementTree.fromstring(out.getvalue())
+    _without_leftovers(root)
+    for group in root.iter(f"{{{_SVG}}}g"):
+        for mark, told in zip(group.iter(f"{{{_SVG}}}use"), tips.get(group.get("id", ""), ()), strict=False):
+            ElementTree.SubElement(mark, f"{{{_SVG}}}title").text = told
+    _without_unused_ids(root)
+    for size in ("width", "height"):
+        root.attrib.pop(size)
+    root.attrib |= {"role": "img", "aria-label": title}
+    return Markup('<figure class="chart">{}</figure>').format(Markup(_themed(_text(root))))
 
 
-def _text(kind: str, x: float, y: float, anchor: str, text: str) -> Markup:
-    shape = '<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>'
-    return Markup(shape).format(kind, x, y, anchor, text)
+def _without_leftovers(root: ElementTree.Element) -> None:
+    """Drops matplotlib's own description of the file and its style rule, which would hold for the whole page."""
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
+                parent.remove(child)
 
 
-def _x_ticks(low: float, high: float, names: Sequence[str] | None) -> list[tuple[float, str]]:
-    if names is not None:
-        return [(index, name) for index, name in enumerate(names, start=1) if low <= index <= high]
-    return [(tick, f"{tick:g}") for tick in nice_ticks(low, high) if low <= tick <= high]
+def _without_unused_ids(root: ElementTree.Element) -> None:
+    """Drops ids that nothing refers to: several charts stand on a page, each with an `axes_1`."""
+    used = set(re.findall(r"#([\w-]+)", " ".join(value for each in root.iter() for value in each.attrib.values())))
+    for element in root.iter():
+        if element.get("id") not in used:
+            element.attrib.pop("id", None)
 
 
-def _pieces(points: Sequence[tuple[float, float | None]]) -> list[list[tuple[float, float]]]:
-    """The runs of points without a gap between."""
-    pieces: list[list[tuple[float, float]]] = [[]]
-    for x, y in points:
-        if y is None:
-            pieces.append([])
-        else:
-            pieces[-1].append((x, y))
-    return [piece for piece in pieces if piece]
+def _text(root: ElementTree.Element) -> str:
+    ElementTree.register_namespace("", _SVG)
+    ElementTree.register_namespace("xlink", _XLINK)
+    return ElementTree.tostring(root, encoding="unicode")
 
 
-def _marker(index: int, x: float, y: float, told: str) -> Markup:
-    fill = f"fill:var(--line-{index % COLOURS})"
-    title = Markup("<title>{}</title>").format(told)
-    match MARKERS[index % len(MARKERS)]:
-        case "circle":
-            return Markup('<circle style="{}" cx="{:.1f}" cy="{:.1f}" r="3.5">{}</circle>').format(fill, x, y, title)
-        case "square":
-            shape = '<rect style="{}" x="{:.1f}" y="{:.1f}" width="7" height="7">{}</rect>'
-            return Markup(shape).format(fill, x - 3.5, y - 3.5, title)
-        case _:
-            corners = f"{x:.1f},{y - 4.5:.1f} {x - 4:.1f},{y + 3:.1f} {x + 4:.1f},{y + 3:.1f}"
-            return Markup('<polygon style="{}" points="{}">{}</polygon>').format(fill, corners, title)
-
-
-def _stroke(index: int) -> str:
-    return f"stroke:var(--line-{index % COLOURS});stroke-dasharray:{DASHES[index % len(DASHES)] or 'none'}"
-
-
-def _legend(series: Sequence[Series], markers: bool) -> Markup:
-    if len(series) < 2:
-        return Markup("")
-    items = []
-    for index, line in enumerate(series):
-        style = _stroke(index)
-        sample = Markup('<line class="line" style="{}" x1="0" x2="34" y1="6" y2="6"/>').format(style)
-        mark = _marker(index, 17, 6, line.name) if markers else Markup("")
-        items.append(
-            Markup('<span><svg class="sample" viewBox="0 0 34 12">{}{}</svg>{}</span>').format(
-                sample, mark, escape(line.name)
-            )
-        )
-    return Markup('<figcaption class="legend">{}</figcaption>').format(Markup("").join(items))
+def _themed(text: str) -> str:
+    text = re.sub(r" font-family: [^;]*;", "", text)  # the page's
+    return re.sub("|".join(_PAGE), lambda found: _PAGE[found.group()], text)

@@ -60,14 +60,19 @@ class ComparedRun:
         return row
 
     def missing(self) -> list[str]:
-        """Stages whose planned cells are not all there, "after <task>: <task>, ..."."""
+        """Stages whose planned cells are not all there: "untrained: <task>, ...", "after <task>: <task>, ..."."""
         order, cells = self.results["order"], self.results["settings"].get("cells", "diagonal_and_last")
-        matrix = self.results["matrix"]["exact_match"]
+        matrix, unseen = self.results["matrix"]["exact_match"], self.results.get("unseen", {})
         planned = list(enumerate(cells_for(cells, len(order))))
         if self.results["settings"].get("joint"):  # there is one stage alone, the last
             planned = planned[-1:]
-        wanted = [(t, [i for i in row if matrix[t][i] is None]) for t, row in planned]
-        return [f"after {order[t]}: {', '.join(order[i] for i in row)}" for t, row in wanted if row]
+        untrained = zip(order, self.results["untrained"]["exact_match"], strict=True)
+        wanted = [("untrained", [task for task, value in untrained if value is None])]
+        wanted[0][1].extend(task for task, found in unseen.items() if found["untrained"]["exact_match"] is None)
+        for t, row in planned:
+            beside = [task for task, found in unseen.items() if found["exact_match"][t] is None]
+            wanted.append((f"after {order[t]}", [*(order[i] for i in row if matrix[t][i] is None), *beside]))
+        return [f"{stage}: {', '.join(tasks)}" for stage, tasks in wanted if tasks]
 
     def hits(self, score: str) -> dict[str, Hits] | None:
         """By task, the rows that are right after the last task, in the order of their ids; None without predictions."""

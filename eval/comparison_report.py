@@ -1,57 +1,86 @@
-"""Many runs in one report: every run, averages over orders and seeds, paired differences, published figures."""
+"""Many runs side by side as plain numbers: every run, averages over orders and seeds, paired differences."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from statistics import fmean, stdev
 from typing import Any
 
 from eval.compared_runs import ComparedRun
-from eval.comparison import Average, Difference, average, paired
+from eval.comparison import Average, Difference, MeanDifference, Pair, average, mean_difference, paired
 from eval.published import figures_for
 from eval.references import JOINT, PERTASK, transfer_between
 from eval.results import SCORES
-from eval.summary import number
-from eval.tables import markdown_table
 
 SCALARS = {"AA": "average_accuracy", "BWT": "backward_transfer", "LA": "learning_accuracy"}
+MICRO, MATCHABLE = "micro AA", "AA matchable"
+FURTHER = {
+    MICRO: "micro_average_accuracy",
+    "BWT over T": "bwt_over_T",
+    "forgetting": "forgetting",
+    "FWT": "forward_transfer",
+}
 TRANSFER = "transfer_vs_pertask"
 SHORT = {"exact_match": "EM", "label_scoring": "LS"}
-READING = """\
-EM: exact match of free greedy generation, the headline; LS: constrained label scoring; in percent. AA: average
-accuracy after the last task; BWT: backward transfer; LA: learning accuracy; Tr: LA minus that of one model a task
-(the run's references, else the runs of pertask among these).
-Averages hold a bootstrap 95 % interval over runs (orders and seeds) and over the rows of each task in them: of one
-run, over rows alone. Differences are paired by row on one backbone, order and seed; their interval is over rows,
-task by task; p is that of the exact McNemar test over all rows. Of many differences, some are small by chance: no
-correction is made for their number."""
 
 
 def compare(runs: Sequence[ComparedRun], *, against: str | None) -> dict[str, Any]:
-    """All numbers, plain: `runs`, `averages`, `differences` from the method labelled `against`, `missing`, `notes`."""
+    """All numbers, plain.
+
+    `runs`, `averages`, `mean_differences` and `differences` from the method labelled `against`, `missing`, `notes`,
+    `published`.
+    """
     groups: dict[tuple[str, str], list[ComparedRun]] = {}
     for run in sorted(runs, key=lambda run: (run.backbone, run.label, run.order, run.seed)):
         groups.setdefault((run.backbone, run.label), []).append(run)
+    pairs = {} if against is None else _pairs(groups, against)
     return {
         "runs": [_row(run, runs) for group in groups.values() for run in group],
-        "averages": [
-            {
-                "backbone": backbone,
-                "method": label,
-                "orders": sorted({run.order for run in group}),
-                "seeds": sorted({run.seed for run in group}),
-                **{score: _plain(average(group, score)) for score in SCORES},
-            }
-            for (backbone, label), group in groups.items()
-        ],
+        "averages": [_average_row(backbone, label, group) for (backbone, label), group in groups.items()],
         "against": against,
-        "differences": [] if against is None else _differences(groups, against),
+        "mean_differences": [_mean_row(backbone, label, found) for (backbone, label), found in pairs.items()],
+        "differences": [row for (_, label), found in pairs.items() for row in _differences(label, found)],
         "missing": {str(run.folder): run.missing() for run in runs if run.missing()},
         "notes": _unlike(runs),
         "published": _published(runs),
     }
+
+
+def _average_row(backbone: str, label: str, group: Sequence[ComparedRun]) -> dict[str, Any]:
+    """A method on a backbone: AA over all its runs, and over the seeds of each order; what is published of it."""
+    by_order: dict[str, list[ComparedRun]] = {}
+    for run in group:
+        by_order.setdefault(run.order, []).append(run)
+    return {
+        "backbone": backbone,
+        "method": label,
+        "orders": sorted(by_order),
+        "seeds": sorted({run.seed for run in group}),
+        **{score: _plain(average(group, score)) for score in SCORES},
+        "by_order": {
+            order: {score: _over_seeds([run.scalar("average_accuracy", score) for run in found]) for score in SCORES}
+            for order, found in sorted(by_order.items())
+        },
+        "published": _group_averages(group),
+    }
+
+
+def _over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:
+    there = [value for value in values if value is not None]
+    sd = stdev(there) if len(there) > 1 else None
+    return {"mean": fmean(there), "sd": sd, "runs": len(there)} if there else None
+
+
+def _group_averages(group: Sequence[ComparedRun]) -> list[dict[str, Any]]:
+    """The averages over three orders that are published for this method and backbone, each with its source."""
+    found = {
+        (figure.group_average, figure.source): {"average": figure.group_average, "source": figure.source}
+        for run in group
+        for figure in figures_for(run.backbone, run.results["order"])
+        if figure.method == run.results["method"] and figure.group_average is not None
+    }
+    return list(found.values())
 
 
 def _row(run: ComparedRun, runs: Sequence[ComparedRun]) -> dict[str, Any]:
@@ -62,9 +91,13 @@ def _row(run: ComparedRun, runs: Sequence[ComparedRun]) -> dict[str, Any]:
         "seed": run.seed,
         "folder": str(run.folder),
     }
-    for short, key in SCALARS.items():
+    for short, key in (SCALARS | FURTHER).items():
         for score in SCORES:
             row[f"{short} {SHORT[score]}"] = run.scalar(key, score)
+    without = run.results.get("without_unmatchable") or run.results
+    for score in SCORES:
+        scalars = without if score == "exact_match" else without["label_scoring"]
+        row[f"{MATCHABLE} {SHORT[score]}"] = scalars["average_accuracy"]
     for score in SCORES:
         row[f"Tr {SHORT[score]}"] = _transfer(run, runs, score)
     return row
@@ -78,23 +111,44 @@ def _transfer(run: ComparedRun, runs: Sequence[ComparedRun], score: str) -> floa
     return transfer_between(run.results, [other.results for other in runs], score)
 
 
-def _plain(found: Average | Difference | None) -> dict[str, Any] | None:
+def _plain(found: Average | Difference | MeanDifference | None) -> dict[str, Any] | None:
     return None if found is None else asdict(found)
 
 
-def _differences(groups: Mapping[tuple[str, str], Sequence[ComparedRun]], against: str) -> list[dict[str, Any]]:
+def _pairs(
+    groups: Mapping[tuple[str, str], Sequence[ComparedRun]], against: str
+) -> dict[tuple[str, str], list[tuple[ComparedRun, ComparedRun, dict[str, Difference | None]]]]:
+    """By backbone and method, its runs with that of the method `against` on the same order and seed."""
     others = {run.place: run for (_, label), group in groups.items() if label == against for run in group}
+    found = {
+        key: [
+            (run, other, {score: paired(run, other, score) for score in SCORES})
+            for run in group
+            if (other := others.get(run.place)) is not None
+        ]
+        for key, group in groups.items()
+        if key[1] != against
+    }
+    return {key: pairs for key, pairs in found.items() if pairs}
+
+
+def _mean_row(
+    backbone: str, label: str, pairs: Sequence[tuple[ComparedRun, ComparedRun, dict[str, Difference | None]]]
+) -> dict[str, Any]:
+    def known(score: str) -> list[Pair]:
+        return [(run, other, one) for run, other, found in pairs if (one := found[score]) is not None]
+
+    row = {"backbone": backbone, "method": label}
+    return row | {score: _plain(mean_difference(known(score), score)) for score in SCORES}
+
+
+def _differences(
+    label: str, pairs: Sequence[tuple[ComparedRun, ComparedRun, dict[str, Difference | None]]]
+) -> list[dict[str, Any]]:
     return [
-        {
-            "backbone": run.backbone,
-            "method": label,
-            "order": run.order,
-            "seed": run.seed,
-            **{score: _plain(paired(run, others[run.place], score)) for score in SCORES},
-        }
-        for (_, label), group in groups.items()
-        for run in group
-        if label != against and run.place in others
+        {"backbone": run.backbone, "method": label, "order": run.order, "seed": run.seed}
+        | {score: _plain(found[score]) for score in SCORES}
+        for run, _, found in pairs
     ]
 
 
@@ -122,93 +176,3 @@ def _published(runs: Sequence[ComparedRun]) -> list[dict[str, Any]]:
         for (backbone, order), tasks in places.items()
         for figure in figures_for(backbone, tasks)
     ]
-
-
-def to_markdown(content: Mapping[str, Any]) -> str:
-    """The report."""
-    parts = [f"# {len(content['runs'])} runs compared", READING, "## Every run", _runs_table(content["runs"])]
-    parts += ["## Averages over orders and seeds", _averages_table(content["averages"])]
-    if content["differences"]:
-        parts += [f"## AA against {content['against']}", _differences_table(content["differences"])]
-    if content["missing"]:
-        lines = [f"- {folder}: {'; '.join(cells)}" for folder, cells in content["missing"].items()]
-        parts += [
-            "## Cells that are missing",
-            "Compute them with `--fill`, or run the recipes again.",
-            "\n".join(lines),
-        ]
-    if content["notes"]:
-        parts += ["## Not like for like", "\n".join(f"- {note}" for note in content["notes"])]
-    if content["published"]:
-        parts += ["## Published figures", _published_table(content["published"])]
-    return "\n\n".join(parts) + "\n"
-
-
-def _runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    transfer = any(row[f"Tr {SHORT[score]}"] is not None for row in rows for score in SCORES)
-    named = [*SCALARS, "Tr"] if transfer else SCALARS
-    header = ["method", "backbone", "order", "seed", *(f"{short}, EM / LS" for short in named)]
-    lines = [
-        [row["method"], row["backbone"], row["order"], str(row["seed"])]
-        + [" / ".join(number(row[f"{short} {SHORT[score]}"], 1) for score in SCORES) for short in named]
-        for row in rows
-    ]
-    return markdown_table(header, lines)
-
-
-def _averages_table(averages: Sequence[Mapping[str, Any]]) -> str:
-    lines = []
-    for found in averages:
-        line = [found["method"], found["backbone"], str(len(found["orders"])), str(len(found["seeds"]))]
-        for score in SCORES:
-            one = found[score]
-            if one is None:
-                line.append("-")
-            else:
-                sd = "" if one["sd"] is None else f" ± {one['sd']:.1f}"
-                line.append(f"{one['mean']:.1f}{sd} [{one['low']:.1f}, {one['high']:.1f}]")
-        lines.append(line)
-    header = ["method", "backbone", "orders", "seeds", "AA EM: mean ± sd over runs [95 %]", "AA LS"]
-    return markdown_table(header, lines)
-
-
-def _differences_table(differences: Sequence[Mapping[str, Any]]) -> str:
-    def text(found: Mapping[str, Any] | None) -> str:
-        if found is None:
-            return "-"
-        if found["low"] is None:
-            return f"{found['difference']:+.1f} (no predictions to pair)"
-        p = "p < 0.001" if found["p_value"] < 0.001 else f"p = {found['p_value']:.3f}"
-        return f"{found['difference']:+.1f} [{found['low']:+.1f}, {found['high']:+.1f}], {p}"
-
-    lines = [
-        [
-            found["method"],
-            found["backbone"],
-            found["order"],
-            str(found["seed"]),
-            *(text(found[score]) for score in SCORES),
-        ]
-        for found in differences
-    ]
-    return markdown_table(["method", "backbone", "order", "seed", "EM", "LS"], lines)
-
-
-def _published_table(figures: Sequence[Mapping[str, Any]]) -> str:
-    scores = ("on_order", "group_average", "backward_transfer")
-    lines = [
-        [figure["method"], figure["backbone"], figure["order"]]
-        + [number(figure[score]) for score in scores]
-        + ["; ".join(filter(None, [figure["source"], figure["note"]]))]
-        for figure in figures
-    ]
-    return markdown_table(["method", "backbone", "order", "AA", "AA over its three orders", "BWT", "source"], lines)
-
-
-def to_csv(content: Mapping[str, Any]) -> str:
-    """Every run, a line each; what was not measured is empty."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(content["runs"][0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(content["runs"])
-    return out.getvalue()

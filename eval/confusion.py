@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eval.run_files import predictions_path, stage_names
-from eval.scoring import exact_match
+from eval.scoring import exact_match, normalise
 
 MOST_WRONG = 10
-MOST_INSTEAD = 3
 LONGEST_OUTPUT = 60  # characters
 
 
@@ -24,7 +24,7 @@ class LabelRow:
     rows: int
     right: int
     options_right: int | None
-    instead: list[tuple[str, int]]  # most frequent wrong outputs
+    written: list[int]  # how often each of the cell's `columns` was written, and last, how often no label was
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Confusion:
 
     after: str
     task: str
+    columns: list[str]  # the labels that rows have or that were ranked first
     labels: list[LabelRow]
     wrong: list[tuple[str, int]]  # the most frequent wrong outputs of all rows
     wrong_rows: int
@@ -50,28 +51,33 @@ def confusions(run_dir: Path, order: Sequence[str], unseen: Sequence[str] = ()) 
 
 def _confusion(path: Path, after: str, task: str) -> Confusion:
     rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
-    by_label: dict[str, list[dict[str, str | None]]] = {}
+    by_label: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_label.setdefault(row["label"], []).append(row)
     wrong = Counter(_short(row["prediction"]) for row in rows if not exact_match(row["prediction"], row["label"]))
+    ranked = {row["option"] for row in rows} - {None}
+    # A label without a letter (the `-` rows of MNLI) cannot be written.
+    columns = sorted(label for label in ranked | by_label.keys() if normalise(label))
     return Confusion(
         after=after,
         task=task,
-        labels=[_label(label, found) for label, found in sorted(by_label.items())],
+        columns=columns,
+        labels=[_label(label, found, columns) for label, found in sorted(by_label.items())],
         wrong=wrong.most_common(MOST_WRONG),
         wrong_rows=wrong.total(),
     )
 
 
-def _label(label: str, rows: Sequence[dict[str, str | None]]) -> LabelRow:
-    wrong = Counter(_short(str(row["prediction"])) for row in rows if not exact_match(str(row["prediction"]), label))
+def _label(label: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> LabelRow:
+    texts = Counter(normalise(row["prediction"]) for row in rows)
+    written = [texts[normalise(column)] for column in columns]
     options = [row["option"] for row in rows]
     return LabelRow(
         label=label,
         rows=len(rows),
-        right=len(rows) - wrong.total(),
+        right=sum(exact_match(row["prediction"], label) for row in rows),
         options_right=None if None in options else options.count(label),
-        instead=wrong.most_common(MOST_INSTEAD),
+        written=[*written, len(rows) - sum(written)],
     )
 
 

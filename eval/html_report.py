@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from eval.accuracy import DEFINITIONS
-from eval.charts import Interval, Series, interval_chart, line_chart
-from eval.comparison_report import READING, SCALARS
-from eval.confusion import confusions
+from eval.charts import Interval, interval_chart
+from eval.comparison_tables import READING, average_table, difference_text, run_columns
+from eval.confusion import Confusion, confusions
 from eval.published import backbone_name, figures_for, order_name, other_row_counts, source_legend
-from eval.results import SCORES
-from eval.run_events import RunEvents, read_events, thinned
+from eval.report_charts import (
+    drift_chart,
+    drift_rows,
+    forgetting_chart,
+    occupied_chart,
+    sensitivity_charts,
+    sensitivity_rows,
+    shade,
+    stream_chart,
+    training_chart,
+)
+from eval.results import SCORES, measured
+from eval.run_events import RunEvents, read_events
+from eval.run_files import UNTRAINED, stage_names
 from eval.summary import PERPLEXITY, number, score_title, significant
 
 Results = Mapping[str, Any]
 HEADLINE = ("average_accuracy", "backward_transfer", "learning_accuracy")
-MOST_POINTS = 120  # of a task's training curve
 
 
 def format_html(run_dir: Path, results: Results) -> str:
@@ -30,31 +39,34 @@ def format_html(run_dir: Path, results: Results) -> str:
     order: list[str] = results["order"]
     events = read_events(run_dir)
     recipe = run_dir / "recipe.yaml"
-    scalars = {key: (name, results[key], results["label_scoring"][key], text) for key, name, text in DEFINITIONS}
+    cells = confusions(run_dir, order, list(results["unseen"]))
+    drift = drift_rows(events, results)
     page: str = _page("report.html.j2").render(
         results=results,
         order=order,
         title=f"{results['method']} on {order_name(order) or 'a custom order'}, seed {results['seed']}",
         backbone=backbone_name(results["model"]),
-        scalars=list(scalars.values()),
-        headline=[scalars[key] for key in HEADLINE],
-        matrices=[_matrix(results, score) for score in SCORES if _measured(results, score)],
-        forgetting=_forgetting(results),
-        over_stream=_over_stream(results),
-        training=_training(events),
-        confusions=confusions(run_dir, order, list(results["unseen"])),
-        unseen=[
-            (task, score_title(score), [found["untrained"][score], *found[score]])
-            for task, found in results["unseen"].items()
-            for score in SCORES
-        ],
+        headline=_scalars(results, HEADLINE),
+        scalars=_scalars(results, [key for key, _, _ in DEFINITIONS]),
+        matrices=[_matrix(results, score) for score in SCORES if measured(results, score)],
+        cells=cells,
+        places={(cell.after, cell.task): place for place, cell in enumerate(cells)},
+        stages=[(after, after if after == UNTRAINED else f"after {task}") for after, task in _stages(order)],
+        scored=[*order, *results["unseen"]],
+        wrong={(cell.after, cell.task): _wrong(cell) for cell in cells},
+        forgetting=forgetting_chart(results),
+        over_stream=stream_chart(results),
+        training=training_chart(events),
+        unseen=_unseen(results),
         perplexity_note=PERPLEXITY,
-        occupied=_occupied(events, order),
+        occupied=occupied_chart(events, order),
         spaces=_spaces(events, len(order)),
-        drift=_drift(events, results),
-        sensitivity=_sensitivity(events, order),
+        drift=drift,
+        drift_chart=drift_chart(drift),
+        sensitivity=sensitivity_charts(events, order),
+        sensitivity_rows=sensitivity_rows(events),
         timing=_timing(results["timing"]),
-        memory=[(task, peak / 2**20) for task, peak in events.peak_bytes.items()],
+        memory=_memory(events),
         published=figures_for(backbone_name(results["model"]), order),
         sources=source_legend(),
         unlike=other_row_counts(results["rows"], order),
@@ -65,20 +77,38 @@ def format_html(run_dir: Path, results: Results) -> str:
 
 def format_comparison(content: Mapping[str, Any]) -> str:
     """The page of many runs, from what `comparison_report.compare` gives."""
-    charts = []
-    for backbone in dict.fromkeys(found["backbone"] for found in content["averages"]):
-        for score in SCORES:
-            rows = [
-                Interval(found["method"], one["mean"], one["low"], one["high"])
-                for found in content["averages"]
-                if found["backbone"] == backbone and (one := found[score]) is not None
-            ]
-            title = f"{backbone}: average accuracy, {score.replace('_', ' ')}"
-            charts.append((title, interval_chart(rows, title=title, x_title="%, mean and 95 % interval")))
+    charts = [
+        (title, interval_chart(rows, title=title, x_title=x_title)) for title, rows, x_title in _intervals(content)
+    ]
+    header, averages = average_table(content)
     page: str = _page("comparison.html.j2").render(
-        content=content, charts=charts, scores=SCORES, scalars=list(SCALARS), reading=READING
+        content=content,
+        charts=charts,
+        header=header,
+        averages=averages,
+        wide=[name for name in header if name == "backbone" or "against" in name or "published" in name],
+        columns=run_columns(content["runs"]),
+        scores=SCORES,
+        reading=READING,
+        difference_text=difference_text,
     )
     return page
+
+
+def _intervals(content: Mapping[str, Any]) -> Iterator[tuple[str, list[Interval], str]]:
+    """Title, rows and what is measured of each chart: averages, then differences, by backbone and score."""
+    for key, what, x_title in (
+        ("averages", "average accuracy", "%, mean and 95 % interval"),
+        ("mean_differences", f"AA against {content['against']}", "points, mean and 95 % interval"),
+    ):
+        for backbone in dict.fromkeys(found["backbone"] for found in content[key]):
+            for score in SCORES:
+                rows = [
+                    Interval(found["method"], one["mean"], one["low"], one["high"])
+                    for found in content[key]
+                    if found["backbone"] == backbone and (one := found[score]) is not None and one["low"] is not None
+                ]
+                yield f"{backbone}: {what}, {score.replace('_', ' ')}", rows, x_title
 
 
 @cache
@@ -91,139 +121,93 @@ def _page(name: str) -> Any:
     return pages.get_template(name)
 
 
-def _model(results: Results) -> Mapping[str, Any]:
-    model = results["model"]
-    return {"path": model} if isinstance(model, str) else model
+def _scalars(results: Results, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Name, definition and values of scalars; over matchable rows alone too, where there are others."""
+    columns = {"exact match": results, "label scoring": results["label_scoring"]}
+    if (without := results["without_unmatchable"]) is not None:
+        columns["exact match, matchable rows"] = without
+        columns["label scoring, matchable rows"] = without["label_scoring"]
+    known = {key: (name, text) for key, name, text in DEFINITIONS}
+    return [
+        {
+            "name": known[key][0],
+            "definition": known[key][1],
+            "values": {name: column[key] for name, column in columns.items()},
+        }
+        for key in keys
+    ]
 
 
-def _measured(results: Results, score: str) -> bool:
-    rows = [results["untrained"][score], *results["matrix"][score]]
-    return any(value is not None for row in rows for value in row)
+def _stages(order: Sequence[str]) -> list[tuple[str, str]]:
+    """The folder of each stage, and the task after which it is."""
+    return list(zip(stage_names(order), [UNTRAINED, *order], strict=True))
+
+
+def _wrong(cell: Confusion) -> dict[str, Any]:
+    """How many rows are wrong, and the shade of what is right."""
+    rows = sum(label.rows for label in cell.labels)
+    return {"rows": rows, "wrong": cell.wrong_rows, "shade": shade(1 - cell.wrong_rows / rows) if rows else None}
+
+
+def _unseen(results: Results) -> list[dict[str, Any]]:
+    """A row for each task that is never trained and each score: cells of the untrained model and after each task."""
+    return [
+        {
+            "task": task,
+            "score": score_title(score),
+            "cells": _cells(
+                [found["untrained"][score], *found[score]],
+                [found["intervals"]["untrained"][score], *found["intervals"][score]],
+            ),
+        }
+        for task, found in results["unseen"].items()
+        for score in SCORES
+    ]
 
 
 def _matrix(results: Results, score: str) -> dict[str, Any]:
-    """Title, and a row of cells for the untrained model and each task: value, interval, shade from 0 to 9."""
-
-    def cell(value: float | None, interval: Sequence[float] | None) -> dict[str, Any]:
-        return {"value": value, "interval": interval, "shade": None if value is None else min(int(value // 10), 9)}
-
-    rows = [("untrained", [cell(value, None) for value in results["untrained"][score]])]
-    for task, values, intervals in zip(
-        results["order"], results["matrix"][score], results["intervals"][score], strict=True
-    ):
-        rows.append((f"after {task}", [cell(*pair) for pair in zip(values, intervals, strict=True)]))
-    return {"title": score_title(score), "rows": rows}
-
-
-def _forgetting(results: Results) -> Markup:
-    """A line a task, from its own training on, over stages after which it was not scored."""
-    order, matrix = results["order"], results["matrix"]["exact_match"]
-    series = [
-        Series(task, [(t + 1, matrix[t][i]) for t in range(i, len(order)) if matrix[t][i] is not None])
-        for i, task in enumerate(order)
+    """Title, and a row of cells for the untrained model and each task: its stage, its name, its cells."""
+    rows = [results["untrained"][score], *results["matrix"][score]]
+    intervals = [results["untrained_intervals"][score], *results["intervals"][score]]
+    names = [UNTRAINED, *(f"after {task}" for task in results["order"])]
+    found = [
+        (after, name, _cells(*pair))
+        for after, name, *pair in zip(stage_names(results["order"]), names, rows, intervals, strict=True)
     ]
-    return line_chart(
-        series, title="Exact match on each task", x_title="after training", y_title="exact match, %", x_names=order
-    )
+    return {"title": score_title(score), "score": score, "rows": found}
 
 
-def _over_stream(results: Results) -> Markup:
-    """The mean over the tasks learnt so far, where all of them were scored."""
-    order = results["order"]
-    series = []
-    for score in SCORES:
-        matrix = results["matrix"][score]
-        learnt = [matrix[t][: t + 1] for t in range(len(order))]
-        points = [(t + 1, None if None in row else fmean(row)) for t, row in enumerate(learnt)]
-        series.append(Series(score.replace("_", " "), points))
-    return line_chart(
-        series,
-        title="Average accuracy over the stream",
-        x_title="after training",
-        y_title="mean over the tasks so far, %",
-        x_names=order,
-    )
-
-
-def _training(events: RunEvents) -> Markup:
-    series = [Series(task, thinned(curve, MOST_POINTS)) for task, curve in events.loss.items()]
-    return line_chart(
-        series,
-        title="Training loss",
-        x_title="optimizer step of the stream",
-        y_title="loss per label token",
-        markers=False,
-    )
-
-
-def _occupied(events: RunEvents, order: Sequence[str]) -> Markup:
-    points = list(events.occupied().items())
-    return line_chart(
-        [Series("protected", points)],
-        title="Protected directions",
-        x_title="after training",
-        y_title="protected directions, % of all",
-        x_names=order,
-    )
+def _cells(values: Sequence[float | None], intervals: Sequence[Sequence[float] | None]) -> list[dict[str, Any]]:
+    """Cells of a heat map: value, interval, shade from 0 to 9."""
+    return [
+        {"value": value, "interval": interval, "shade": None if value is None else shade(value / 100)}
+        for value, interval in zip(values, intervals, strict=True)
+    ]
 
 
 def _spaces(events: RunEvents, tasks: int) -> list[dict[str, Any]]:
-    """A line a space: its directions after each task, and how many are free after the last."""
+    """A line a space: how many of its directions are protected and free after each task, shaded by what is free."""
     found = []
     for space, sizes in events.spaces.items():
-        rank, width = sizes[max(sizes)]
-        ranks = [sizes[task][0] if task in sizes else None for task in range(1, tasks + 1)]
-        found.append({"name": space, "width": width, "ranks": ranks, "free": width - rank})
+        width = sizes[max(sizes)][1]
+        cells = [
+            {"rank": sizes[task][0], "free": width - sizes[task][0], "shade": shade(1 - sizes[task][0] / width)}
+            if task in sizes
+            else None
+            for task in range(1, tasks + 1)
+        ]
+        found.append({"name": space, "width": width, "cells": cells})
     return found
 
 
-def _drift(events: RunEvents, results: Results) -> list[dict[str, Any]]:
-    """By old task: what of the features that its layers read now its spaces still hold, and its fall in accuracy."""
-    matrix, order = results["matrix"]["exact_match"], results["order"]
-    found = []
-    for (after, old), share in events.feature_shares().items():
-        then, now = matrix[old - 1][old - 1], matrix[after - 1][old - 1]
-        fall = None if then is None or now is None else then - now
-        found.append({"old": order[old - 1], "after": order[after - 1], "share": share, "fall": fall})
-    return found
-
-
-def _sensitivity(events: RunEvents, order: Sequence[str]) -> list[dict[str, Any]]:
-    """By task, charts of encoder and decoder: each block's mean sensitivity and Fisher information, of its largest."""
-    found = []
-    for task, layers in sorted(events.sensitivity.items()):
-        charts = []
-        for part in ("encoder", "decoder"):
-            blocks = _by_block(layers, part)
-            if not blocks:
-                continue
-            series = [
-                Series(name, [(index, blocks[index][place] / most) for index in sorted(blocks)])
-                for place, name in enumerate(("sensitivity", "Fisher information"))
-                if (most := max(values[place] for values in blocks.values())) > 0
-            ]
-            charts.append(
-                line_chart(
-                    series, title=f"{part}, {order[task - 1]}", x_title=f"{part} block", y_title="of the largest"
-                )
-            )
-        found.append({"task": order[task - 1], "charts": charts})
-    return found
-
-
-def _by_block(layers: Mapping[str, tuple[float, float]], part: str) -> dict[int, tuple[float, float]]:
-    """Block number, from 1 -> means over its layers; a model without an encoder has decoder blocks alone."""
-    blocks: dict[int, list[tuple[float, float]]] = {}
-    for name, values in layers.items():
-        words = name.split(".")
-        of = "encoder" if words[0] == "encoder" else "decoder"
-        numbers = [int(word) for word in words if word.isdigit()]
-        if of == part and numbers:
-            blocks.setdefault(numbers[0] + 1, []).append(values)
-    return {
-        block: (fmean(score for score, _ in found), fmean(fisher for _, fisher in found))
-        for block, found in blocks.items()
-    }
+def _memory(events: RunEvents) -> dict[str, Any]:
+    """MiB by task and part."""
+    parts = list(dict.fromkeys(part for found in events.peak_bytes.values() for part in found))
+    sizes = [
+        (task, [None if part not in found else found[part] / 2**20 for part in parts])
+        for task, found in events.peak_bytes.items()
+    ]
+    return {"parts": parts, "tasks": sizes}
 
 
 def _timing(timing: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

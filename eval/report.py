@@ -9,7 +9,7 @@ from data_prep.files import write_atomic, write_json
 from eval.accuracy import DEFINITIONS
 from eval.html_report import format_html
 from eval.published import backbone_name, figures_for, order_name, other_row_counts, source_legend
-from eval.results import SCORES, build_results
+from eval.results import SCORES, build_results, measured
 from eval.summary import PERPLEXITY, number, score_title, significant
 from eval.tables import markdown_table
 
@@ -48,7 +48,7 @@ def format_report(results: Results) -> str:
         f"# {results['method']} on {name or 'a custom order'}, seed {results['seed']}",
         _what_was_run(results),
         "## Scores",
-        *(_matrix_section(results, score) for score in SCORES if _measured(results, score)),
+        *(_matrix_section(results, score) for score in SCORES if measured(results, score)),
         "## Summary",
         _scalarsmarkdown_table(results),
         *_references_section(results),
@@ -99,11 +99,6 @@ def _facts_list(facts: Mapping[str, Any]) -> str:
         return value if isinstance(value, str) else json.dumps(value)
 
     return "\n".join(f"- {name}: {text(value)}" for name, value in facts.items() if value is not None)
-
-
-def _measured(results: Results, score: str) -> bool:
-    rows = [results["untrained"][score], *results["matrix"][score]]
-    return any(value is not None for row in rows for value in row)
 
 
 def _matrix_section(results: Results, score: str) -> str:

@@ -32,7 +32,8 @@ def build_results(run_dir: Path) -> dict[str, Any]:
         "matrix": {score: tables[score]["matrix"] for score in SCORES},
         "untrained": {score: tables[score]["untrained"] for score in SCORES},
         "counts": counts,
-        "intervals": {score: _intervals(cells, order, score) for score in SCORES},
+        "intervals": {score: _intervals(cells, order, stage_names(order)[1:], score) for score in SCORES},
+        "untrained_intervals": {score: _intervals(cells, order, [UNTRAINED], score)[0] for score in SCORES},
         **matrices["exact_match"].scalars(counts, _alone(run, "exact_match")),
         "label_scoring": matrices["label_scoring"].scalars(counts, _alone(run, "label_scoring")),
         "without_unmatchable": _without_unmatchable(cells, order, counts),
@@ -56,6 +57,12 @@ def build_results(run_dir: Path) -> dict[str, Any]:
         "git": run.get("git"),
         "timing": run.get("timing") or {},  # the only key that two runs of the same recipe may differ in
     }
+
+
+def measured(results: Mapping[str, Any], score: str) -> bool:
+    """Whether any cell of the order has the score."""
+    rows = [results["untrained"][score], *results["matrix"][score]]
+    return any(value is not None for row in rows for value in row)
 
 
 def _correct(cell: Cell | None, score: str) -> int | None:
@@ -93,15 +100,15 @@ def _matrix(
     return matrix
 
 
-def _intervals(cells: Cells, order: Sequence[str], score: str) -> list[list[list[float] | None]]:
-    """The 95 % interval [low, high] of each cell, [T, T, 2]."""
+def _intervals(cells: Cells, tasks: Sequence[str], stages: Sequence[str], score: str) -> list[list[list[float] | None]]:
+    """The 95 % interval [low, high] of each cell, [stages, tasks, 2]; None where it was not measured."""
 
     def interval(after: str, task: str) -> list[float] | None:
         cell = cells.get((after, task))
         correct = _correct(cell, score)
         return None if cell is None or correct is None else list(wilson(correct, cell.rows))
 
-    return [[interval(after, task) for task in order] for after in stage_names(order)[1:]]
+    return [[interval(after, task) for task in tasks] for after in stages]
 
 
 def _without_unmatchable(cells: Cells, order: Sequence[str], counts: Sequence[int]) -> dict[str, Any] | None:
@@ -118,11 +125,16 @@ def _without_unmatchable(cells: Cells, order: Sequence[str], counts: Sequence[in
 
 
 def _unseen(cells: Cells, order: Sequence[str], task: str) -> dict[str, Any]:
-    """The scores on a task that is never trained: untrained, and after each task of the order, [T]."""
-    stages = stage_names(order)[1:]
+    """The scores on a task that is never trained, with intervals: untrained, and after each task of the order, [T]."""
+    stages = stage_names(order)
+    intervals = {score: [row[0] for row in _intervals(cells, [task], stages, score)] for score in SCORES}
     return {
         "untrained": {score: _percent(cells.get((UNTRAINED, task)), score) for score in SCORES},
-        **{score: [_percent(cells.get((after, task)), score) for after in stages] for score in SCORES},
+        **{score: [_percent(cells.get((after, task)), score) for after in stages[1:]] for score in SCORES},
+        "intervals": {
+            "untrained": {score: intervals[score][0] for score in SCORES},
+            **{score: intervals[score][1:] for score in SCORES},
+        },
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 Curve = list[tuple[float, float]]
 
@@ -18,7 +19,7 @@ class RunEvents:
     loss: dict[str, Curve] = field(default_factory=dict)  # task -> (step of the stream, loss per label token)
     spaces: dict[str, dict[int, tuple[int, int]]] = field(default_factory=dict)  # space -> task -> (rank, width)
     drift: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # (after task t, of task i) -> shares
-    peak_bytes: dict[str, int] = field(default_factory=dict)  # task -> most memory of a rank, while it was trained
+    peak_bytes: dict[str, dict[str, int]] = field(default_factory=dict)  # task -> part -> most memory of a rank in it
     sensitivity: dict[int, dict[str, tuple[float, float]]] = field(default_factory=dict)  # task -> layer -> (S, Fisher)
 
     def occupied(self) -> dict[int, float]:
@@ -51,8 +52,8 @@ def read_events(run_dir: Path) -> RunEvents:
                     if event["task"] != last:
                         done, last = sum(len(curve) for curve in events.loss.values()), event["task"]
                     events.loss.setdefault(event["task"], []).append((done + event["step"], event["loss"]))
-                case "task" if "peak_bytes" in event:
-                    events.peak_bytes[event["task"]] = int(event["peak_bytes"])
+                case "task" | "memory" if "peak_bytes" in event:
+                    _add_peaks(events.peak_bytes.setdefault(event["task"], {}), event)
                 case "subspace":
                     _add(events, event)
         except (ValueError, KeyError, TypeError):
@@ -70,6 +71,13 @@ def _add(events: RunEvents, event: dict[str, object]) -> None:
             events.drift.setdefault((task, old), []).append(share)
         case {"sensitivity_of": str(layer), "mean": float(mean), "fisher": float(fisher)}:
             events.sensitivity.setdefault(task, {})[layer] = mean, fisher
+
+
+def _add_peaks(peaks: dict[str, int], event: dict[str, Any]) -> None:
+    """Of a task's parts, or of its scoring; runs of earlier releases tell of all parts of a task at once."""
+    found = event.get("peak_bytes_by_part") or {event.get("part", "train"): event["peak_bytes"]}
+    for part, size in found.items():
+        peaks[part] = max(peaks.get(part, 0), int(size))
 
 
 def thinned(curve: Curve, most: int) -> Curve:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import platform
-import resource
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -38,6 +37,7 @@ from pipeline.deepspeed_config import deepspeed_config
 from pipeline.heartbeat import Heartbeat
 from pipeline.hooks import hook_ids, only_hooks
 from pipeline.optimizer_groups import ParameterGroup, optimizer_groups
+from pipeline.peak_memory import peak_resident_bytes
 from pipeline.recipe import Engine, Training
 from pipeline.recipe_source import ROOT
 from pipeline.stopping import Stopped, StopRequest
@@ -144,9 +144,9 @@ class Ranks:
         return value
 
     def peak_memory(self) -> int:
-        """Most bytes on any rank: of a GPU, allocated since the last call; of a CPU, of the process so far."""
+        """Most bytes on any rank since the last call: allocated on a GPU; without one, of the process. Collective."""
         if self.device.type == "cpu":
-            mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            mine = peak_resident_bytes()
         else:
             mine = get_accelerator().max_memory_allocated()
             get_accelerator().reset_peak_memory_stats()

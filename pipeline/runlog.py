@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data_prep.files import write_atomic, writing
 
-EventKind = Literal["step", "task", "evaluation", "retention", "subspace", "save"]
+EventKind = Literal["step", "task", "evaluation", "retention", "subspace", "save", "memory"]
 PLAIN_LINES = 10  # lines of progress a task leaves in a log that is no terminal
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -27,6 +26,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.runlog import RunLog
 from pipeline.stages import Stage, StageStore, learnt_key, stage_key
 from pipeline.stopping import StopRequest
+from pipeline.task_costs import TaskCosts
 from pipeline.weights import Weights
 from pipeline.workload import StreamTask, Workload
 
@@ -142,7 +142,7 @@ class Stream:
 
     def _train(self, task: StreamTask, key: str) -> dict[str, Tensor]:
         """Train one task and publish its stage; returns its trained tensors."""
-        recipe, method, clock = self.recipe, self.method, _Clock()
+        recipe, method, costs = self.recipe, self.method, TaskCosts(self.ranks.peak_memory)
         ctx = self._context(task)
         prepare_for_training(ctx.model, gradient_checkpointing=recipe.engine.gradient_checkpointing)
         self._told(task, lambda: method.begin_task(ctx))
@@ -152,7 +152,7 @@ class Stream:
             self.log.say(f"task {task.index} {task.name}: no direction is left to learn in; nothing is trained")
         else:
             method.engine_started(ctx)
-            clock.lap("method_s")
+            costs.lap("method")
             summary = train_task(
                 ctx,
                 method,
@@ -164,24 +164,24 @@ class Stream:
                 log=self.log,
                 stop=self.stop,
             )
-        clock.lap("train_s")
+        costs.lap("train")
         tensors = self._told(task, lambda: method.end_task(ctx))
         if engine is not None:
             engine.close()
         self._refuse_not_finite(task, tensors)
-        clock.lap("method_s")
+        costs.lap("method")
         self.ranks.on_first(lambda: self._publish(task, key, tensors))
         self._note_leaks()
-        clock.lap("save_s")
-        self.facts["timing"][task.name] = clock.seconds
+        costs.lap("save")
+        self.facts["timing"][task.name] = costs.seconds
         self.facts |= self.origin
-        peak = self.ranks.peak_memory()
 
         def tell() -> None:
             self._write_facts()
             for record in method.records():
                 self.log.event("subspace", task_index=task.index, task=task.name, **record)
-            done = {"steps": summary.steps, "last_loss": summary.last_loss, "peak_bytes": peak, **clock.seconds}
+            peaks = {"peak_bytes": max(costs.peak_bytes.values()), "peak_bytes_by_part": costs.peak_bytes}
+            done = {"steps": summary.steps, "last_loss": summary.last_loss, **peaks, **costs.seconds}
             self.log.event("task", task_index=task.index, task=task.name, **done)
 
         self.ranks.on_first(tell)
@@ -276,12 +276,11 @@ class Stream:
 
     def _score(self, after: str, key: str, tasks: Sequence[StreamTask], *, again: bool = False) -> None:
         """Score the tasks whose cells are missing (or all, `again`), and what is to be retained."""
-        start = time.monotonic()
         missing = [task for task in tasks if again or not self.cells.exists(after, key, task)]
         retained = self.retention.missing(after, key, again=again)
         if not missing and not retained:
             return
-        trained = after != UNTRAINED
+        trained, costs = after != UNTRAINED, TaskCosts(self.ranks.peak_memory)
         model = self._merged() if trained else self.weights.model({})
         learnt = self._learnt(trained)
         with self.method.equipped(model) if trained else nullcontext():
@@ -295,9 +294,17 @@ class Stream:
                     self.cells.score(model, after, key, task, learnt)
             if retained:
                 self._score_retained(model, after, key, retained)
-        timing = self.facts["timing"].setdefault(UNTRAINED if after == UNTRAINED else after.split("-", 1)[1], {})
-        timing["evaluate_s"] = round(timing.get("evaluate_s", 0.0) + time.monotonic() - start, 3)
-        self.ranks.on_first(self._write_facts)
+        costs.lap("evaluate")
+        name = self.workload.tasks[self.names.index(after) - 1].name if trained else UNTRAINED
+        timing = self.facts["timing"].setdefault(name, {})
+        timing["evaluate_s"] = round(timing.get("evaluate_s", 0.0) + costs.seconds["evaluate_s"], 3)
+
+        def tell() -> None:
+            self._write_facts()
+            peak = {"part": "evaluate", "peak_bytes": costs.peak_bytes["evaluate"]}
+            self.log.event("memory", task_index=self.names.index(after), task=name, **peak)
+
+        self.ranks.on_first(tell)
 
     def _score_retained(self, model: nn.Module, after: str, key: str, names: Sequence[str]) -> None:
         """In the newest task's model, where each has its own."""
@@ -323,17 +330,3 @@ class Stream:
 
     def _write_facts(self) -> None:
         self.folder.write_facts(self.facts)
-
-
-class _Clock:
-    """Seconds by part of a task."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-        self.seconds: dict[str, float] = {}
-
-    def lap(self, part: str) -> None:
-        """Count the time since the last lap as `part`."""
-        now = time.monotonic()
-        self.seconds[part] = round(self.seconds.get(part, 0.0) + now - self._last, 3)
-        self._last = now

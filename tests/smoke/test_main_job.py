@@ -32,8 +32,13 @@ def test_a_run_leaves_what_is_promised(reference: Path) -> None:
     kinds = {event["event"] for event in events(reference)}
     assert kinds >= {"step", "task", "evaluation", "save"}
     peaks = [event["peak_bytes"] for event in events(reference) if event["event"] == "task"]
+    by_part = [event["peak_bytes_by_part"] for event in events(reference) if event["event"] == "task"]
+    assert all(set(found) == {"method", "train", "save"} and min(found.values()) > 0 for found in by_part)
+    scored = [event for event in events(reference) if event["event"] == "memory"]
+    assert [event["task_index"] for event in scored] == [0, 1, 2], "untrained and after each task"
+    assert all(event["part"] == "evaluate" and event["peak_bytes"] > 0 for event in scored)
     assert len(peaks) == 2
-    assert 2**27 < peaks[0] <= peaks[1] < 2**34, "of a process that holds torch and a tiny model"
+    assert all(2**27 < peak < 2**34 for peak in peaks), "of a process that holds torch and a tiny model"
     assert "Average accuracy" in (reference / "report.md").read_text()
     assert (reference / "recipe.yaml").is_file()
     assert not (reference / "pids").exists(), "a finished run has no processes"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from math import comb
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
+from comparison_runs import ORDER, RIGHT, make_run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,46 +21,9 @@ from data_prep.orders import ORDERS
 from eval.__main__ import main
 from eval.compared_runs import ComparedRun, expand, load_runs
 from eval.comparison import average, mcnemar, paired, row_interval
-from eval.comparison_report import compare, to_markdown
+from eval.comparison_report import compare
+from eval.comparison_tables import to_markdown
 from eval.published import figures_for
-
-ORDER = ["soil", "rivers"]
-LABELS = ["yes", "no"]
-SHA = "a" * 64
-
-
-def make_run(
-    folder: Path, right: Mapping[str, Sequence[bool]], *, recipe: Mapping[str, Any] | None = None, **changes: Any
-) -> Path:
-    """A finished run whose last row's predictions are right where `right` says so; options are right everywhere."""
-    counts = {task: len(right[task]) for task in ORDER}
-    run = {
-        "order": ORDER,
-        "method": "inclora",
-        "model": "models/mini-x",
-        "seed": 1,
-        "recipe_sha256": SHA,
-        "settings": {"cells": "diagonal_and_last", "split": "test", "steps": {"soil": 3, "rivers": 3}},
-        "data": {
-            task: {"labels": LABELS, "train_rows": 9, "evaluation_rows": counts[task], "unmatchable": 0}
-            | {"train_fingerprint": "0" * 64, "evaluation_fingerprint": "1" * 64, "dropped": {}}
-            for task in ORDER
-        },
-    }
-    run |= changes
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps(run))
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(dict(recipe or {"method": {"name": run["method"]}})))
-    for after, task in (("01-soil", "soil"), ("02-rivers", "soil"), ("02-rivers", "rivers")):
-        rows = [
-            {"id": index, "prediction": "yes" if hit else "no", "label": "yes", "option": "yes"}
-            for index, hit in enumerate(right[task])
-        ]
-        path = folder / "predictions" / after / f"{task}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))  # ids pair rows, not lines
-    assert main([str(folder)]) == 0
-    return folder
 
 
 def hits(*right: Sequence[int]) -> dict[str, Any]:
@@ -131,9 +95,6 @@ def test_one_run_has_an_interval_over_its_rows_alone() -> None:
     sure = average([compared([100.0, 0.0])], "label_scoring")
     assert sure is not None
     assert (sure.mean, sure.low, sure.high) == (50, 50, 50)
-
-
-RIGHT = {"soil": [True, False, True, True], "rivers": [True, False]}
 
 
 def test_runs_are_called_by_what_differs(tmp_path: Path) -> None:
@@ -209,12 +170,13 @@ def test_the_command_compares_and_writes(tmp_path: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert text in printed
-    assert "| pegp | mini-x | soil, rivers | 1 | 100.0 / 100.0 | 0.0 / 0.0 | 100.0 / 100.0 |" in text
+    assert "| pegp | mini-x | soil, rivers | 1 | 100.0 / 100.0 | 0.0 / 0.0 | 100.0 / 100.0 | 100.0 / 100.0 |" in text
     assert "| inclora | mini-x | 1 | 2 | 56.2 ± 8.8 [" in text
-    assert "## AA against inclora" in text
+    assert "## AA against inclora, run by run" in text
+    assert re.search(r"\| pegp \| mini-x \|.* \| \+37.5 \[\+\d.*\], better in 1 of 1 \|", text)
     assert "| pegp | mini-x | soil, rivers | 1 | +37.5 [" in text
     assert "p = 0.500" in text, "two rows gained, none lost"
-    assert f"- {unfinished}: after rivers: soil, rivers" in text
+    assert f"- {unfinished}: untrained: soil, rivers; after rivers: soil, rivers" in text
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [run["AA EM"] for run in content["runs"] if run["method"] == "inclora"] == [62.5, 50.0]
     with (tmp_path / "out" / "comparison.csv").open() as file:
@@ -241,7 +203,7 @@ def test_models_of_a_task_each_give_the_transfer(tmp_path: Path) -> None:
     gained = np.mean([100 * np.mean(RIGHT[task]) - 100 * np.mean(alone[task]) for task in ORDER])
     assert found["run"] == (pytest.approx(gained), 0.0)
     assert found["alone"] == found["other"] == found["old"] == (None, None)
-    assert "LA, EM / LS | Tr, EM / LS |" in to_markdown(content)
+    assert "LA, EM / LS | Tr, EM / LS | micro AA, EM / LS |" in to_markdown(content)
 
 
 def test_runs_unlike_each_other_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

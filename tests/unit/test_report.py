@@ -9,6 +9,7 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.orders import ORDERS
+from eval.intervals import wilson
 from eval.report import write_results
 from eval.summary import format_summary
 
@@ -114,6 +115,9 @@ def test_a_whole_run(tmp_path: Path) -> None:
     low, high = results["intervals"]["exact_match"][0][0]
     assert (low, high) == pytest.approx((73.91, 84.95), abs=0.01)
     assert results["intervals"]["label_scoring"][0][2] is None
+    assert results["untrained_intervals"]["exact_match"] == [
+        list(wilson(*pair)) for pair in ((10, 200), (5, 100), (0, 50))
+    ]
     assert results["data_fingerprints"]["tools"] == {"train": SHA, "evaluation": SHA[::-1]}
     assert results["truncated"]["tools"] == {"train": 7, "evaluation": 3}
 
@@ -178,6 +182,7 @@ def test_unseen_tasks_are_scored_beside_the_matrix(tmp_path: Path) -> None:
     write_cell(tmp_path, -1, "music", 40, 4, 20)
     write_cell(tmp_path, 2, "music", 40, 10, 22)
     results = results_of(tmp_path)
+    intervals = results["unseen"]["music"].pop("intervals")
     assert results["unseen"] == {
         "music": {
             "untrained": {"exact_match": 10.0, "label_scoring": 50.0},
@@ -185,6 +190,8 @@ def test_unseen_tasks_are_scored_beside_the_matrix(tmp_path: Path) -> None:
             "label_scoring": [None, None, 55.0],
         }
     }
+    assert intervals["untrained"]["exact_match"] == list(wilson(4, 40))
+    assert intervals["label_scoring"] == [None, None, list(wilson(22, 40))]
     assert results["average_accuracy"] == pytest.approx(235 / 3)
     assert "Tasks never trained" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
