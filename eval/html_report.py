@@ -65,6 +65,7 @@ def format_html(run_dir: Path, results: Results) -> str:
         drift_chart=drift_chart(drift),
         sensitivity=sensitivity_charts(events, order),
         sensitivity_rows=sensitivity_rows(events),
+        jumps=[(order[task - 1], jump) for task, found in sorted(events.jumps.items()) for jump in found],
         timing=_timing(results["timing"]),
         memory=_memory(events),
         published=figures_for(backbone_name(results["model"]), order),

@@ -99,15 +99,16 @@ def drift_chart(rows: Sequence[Mapping[str, Any]]) -> Markup:
 
 
 def sensitivity_charts(events: RunEvents, order: Sequence[str]) -> list[dict[str, Any]]:
-    """By task a chart: each block's mean sensitivity and Fisher information, of the largest of encoder or decoder."""
+    """By task a chart: each block's mean sensitivity and Fisher information, both of their largest in any block."""
     found = []
     for task, layers in sorted(events.sensitivity.items()):
         parts = {part: blocks for part in ("encoder", "decoder") if (blocks := _by_block(layers, part))}
+        most = [max(values[place] for blocks in parts.values() for values in blocks.values()) for place in (0, 1)]
         series = [
-            Series(f"{part}: {name}", [(index, blocks[index][place] / most) for index in sorted(blocks)])
+            Series(f"{part}: {name}", [(index, blocks[index][place] / most[place]) for index in sorted(blocks)])
             for part, blocks in parts.items()
             for place, name in enumerate(("sensitivity", "Fisher information"))
-            if (most := max(values[place] for values in blocks.values())) > 0
+            if most[place] > 0
         ]
         last = max((max(blocks) for blocks in parts.values()), default=0)
         chart = line_chart(

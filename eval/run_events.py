@@ -21,6 +21,7 @@ class RunEvents:
     drift: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # (after task t, of task i) -> shares
     peak_bytes: dict[str, dict[str, int]] = field(default_factory=dict)  # task -> part -> most memory of a rank in it
     sensitivity: dict[int, dict[str, tuple[float, float]]] = field(default_factory=dict)  # task -> layer -> (S, Fisher)
+    jumps: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # task -> the loss before training, by rows
 
     def occupied(self) -> dict[int, float]:
         """After each task, the percentage of all directions that is protected."""
@@ -71,6 +72,8 @@ def _add(events: RunEvents, event: dict[str, object]) -> None:
             events.drift.setdefault((task, old), []).append(share)
         case {"sensitivity_of": str(layer), "mean": float(mean), "fisher": float(fisher)}:
             events.sensitivity.setdefault(task, {})[layer] = mean, fisher
+        case {"jump_on": str(), "rows": int(), "loss_at_random": float(), "loss_injected": float()}:
+            events.jumps.setdefault(task, []).append(dict(event))
 
 
 def _add_peaks(peaks: dict[str, int], event: dict[str, Any]) -> None:

@@ -54,6 +54,10 @@ def make_run(folder: Path, **changes: Any) -> Path:
         {"event": "subspace", "task_index": 2, "sensitivity_of": "decoder.block.1.q", "mean": 1.0, "fisher": 0.5},
         {"event": "subspace", "task_index": 2, "sensitivity_of": "decoder.block.0.q", "mean": 3.0, "fisher": 0.25},
     ]
+    before = {"rows": 64, "loss_at_random": 5.5, "loss_injected": 6.25, "right_at_random": 0.125, "right_injected": 0.0}
+    unscored = {"rows": 8, "loss_at_random": 5.0, "loss_injected": 7.0, "right_at_random": None, "right_injected": None}
+    for rows, jump in (("seed_samples", unscored), ("other_rows", before)):
+        others.append({"event": "subspace", "task_index": 2, "jump_on": rows} | jump)
     peaks = {"method": 2**30, "train": 3 * 2**30}
     others.append({"event": "memory", "task_index": 0, "task": "untrained", "part": "evaluate", "peak_bytes": 2**29})
     others.append(

@@ -91,6 +91,8 @@ def test_the_page_says_what_layers_and_features_became(run_dir: Path) -> None:
     assert "soilrivers87.50.0" in text, "what the old task's spaces still hold, and what it lost"
     assert "soil after rivers: 12.5 % left, 0.0 lost" in text, "in the chart"
     assert "encoder.block.0.q2 decoder.block.1.q1 decoder.block.0.q3" in text, "the sensitivity of each layer"
+    assert "riversseed samples85.0007.000--" in text, "the loss before training"
+    assert "riversother rows645.5006.25012.50.0" in text
     for title in ("Feature drift against the fall in accuracy", "Sensitivity to rivers", "Protected directions"):
         assert f'aria-label="{title}"' in (run_dir / "report.html").read_text()
 
