@@ -26,7 +26,7 @@ from eval.decode import predict
 from pipeline.engine import Ranks
 from pipeline.memory_estimate import (
     beginning_bytes,
-    feature_bytes,
+    ending_bytes,
     frozen_bytes,
     longest_of,
     longest_row,
@@ -119,9 +119,9 @@ def compare_method(report: Report, name: str, streams: Streams, method: str, ran
             round(parts["protected bases, at most"] / MIB, 1),
             round(after.memory.bytes / MIB, 1) if hasattr(after, "memory") else 0.0,
         ],
-        "end of the task, above the weights, sums of features estimated and all measured": [
-            round(feature_bytes(recipe, workload.kind, model) / MIB, 1),
-            round(at_end / MIB, 1),
+        "end of the task, estimated at most and measured MiB": [
+            round(ending_bytes(recipe, workload.kind, model, longest) / MIB, 1),
+            round((frozen + at_end) / MIB, 1),
         ],
     }
     report.state(f"{name}, {method} at task {len(STREAM)}", told)

@@ -24,7 +24,7 @@ from benchmarks.scaling_methods import methods_table
 from benchmarks.shapes import GB, SHAPES, T5_SHAPES, Machine, Work, llama, markdown, t5, widths
 from pipeline.adapter_kinds import adapter_kind
 from pipeline.layers import full_rank_modules, target_modules
-from pipeline.memory_estimate import LongestRow, Scored, feature_bytes, frozen_bytes, memory_per_rank, scoring_bytes
+from pipeline.memory_estimate import LongestRow, Scored, ending_bytes, feature_bytes, memory_per_rank, scoring_bytes
 from pipeline.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +72,7 @@ def needs(path: Path) -> str:
     kind = adapter_kind(recipe.adapter, model, recipe.model.family, recipe.method)
     step = sum(memory_per_rank(recipe, kind, model, ROW, world=1).values())
     scoring = sum(scoring_bytes(recipe, model, SCORED).values())
-    end = frozen_bytes(recipe, model) + feature_bytes(recipe, kind, model)
+    end = ending_bytes(recipe, kind, model, ROW)
     sizes = [math.ceil(size / GB) for size in (step, scoring, end)]
     return (
         f"# Needs: a GPU of about {max(sizes)} GB (estimated for {recipe.method.name.upper()}: "

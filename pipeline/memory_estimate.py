@@ -110,6 +110,22 @@ def feature_bytes(recipe: Recipe, kind: AdapterKind, model: nn.Module) -> float:
     return 2 * _bases_bytes(recipe, kind, model) if recipe.method.name == "pegp" else 0.0
 
 
+def ending_bytes(recipe: Recipe, kind: AdapterKind, model: nn.Module, longest: LongestRow) -> float:
+    """Of a task's end: the whole backbone, and of PEGP its sums of features, with more that comes one after another.
+
+    A layer in work in the forward that fills them; then five float64 matrices as wide as the widest input, which its
+    decomposition takes.
+    """
+    frozen, sums = frozen_bytes(recipe, model), feature_bytes(recipe, kind, model)
+    if not sums:
+        return frozen
+    assert isinstance(kind, LoraKind), "sums of features are counted for LoRA's layers"
+    layers: list[Any] = [model.get_submodule(name) for name in kind.targets]
+    widest: int = max(layer.in_features for layer in layers)
+    width = 2 if recipe.engine.precision == "bf16" else 4
+    return frozen + sums + max(_layer_bytes(recipe, model, longest.tokens, width), 5 * 8.0 * widest**2)
+
+
 def scoring_bytes(recipe: Recipe, model: nn.Module, longest: Scored) -> dict[str, float]:
     """Of scoring a batch of the longest prompts, by part: a whole copy of the weights, whatever the stage.
 
@@ -184,7 +200,7 @@ def _activation_bytes(recipe: Recipe, longest: LongestRow, model: nn.Module, wid
     rows, tokens, labels = recipe.training.micro_batch_size, longest.tokens, longest.label_tokens
 
     def layer(positions: int) -> float:
-        return float(width * positions * rows * hidden * (34 + 5 * heads * positions / hidden) / 2)
+        return _layer_bytes(recipe, model, positions, width)
 
     stacks = [(config.num_hidden_layers, layer(tokens), tokens)]
     if decoder_layers := getattr(config, "num_decoder_layers", 0):
@@ -196,6 +212,12 @@ def _activation_bytes(recipe: Recipe, longest: LongestRow, model: nn.Module, wid
     else:
         body = sum(count * size for count, size, _ in stacks)
     return float(body + 3 * 4 * rows * labels * config.vocab_size)
+
+
+def _layer_bytes(recipe: Recipe, model: nn.Module, positions: int, width: int) -> float:
+    config: Any = model.config
+    hidden, heads, rows = config.hidden_size, config.num_attention_heads, recipe.training.micro_batch_size
+    return float(width * positions * rows * hidden * (34 + 5 * heads * positions / hidden) / 2)
 
 
 def _kept_inputs_bytes(recipe: Recipe, longest: LongestRow, model: nn.Module, width: int) -> float:

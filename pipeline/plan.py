@@ -7,7 +7,7 @@ from pipeline.adapter_kinds import trainable_parameters
 from pipeline.deepspeed_config import micro_batches_per_rank
 from pipeline.memory_estimate import (
     beginning_bytes,
-    feature_bytes,
+    ending_bytes,
     full_rank_bytes_on_host,
     longest_row,
     longest_scored,
@@ -31,7 +31,7 @@ def format_plan(recipe: Recipe, *, world: int) -> str:
     trained = trainable_parameters(workload.kind, model)
     longest = longest_row(workload)
     parts = memory_per_rank(recipe, workload.kind, model, longest, world=world)
-    begins = beginning_bytes(recipe, model, longest)
+    begins, ends = beginning_bytes(recipe, model, longest), ending_bytes(recipe, workload.kind, model, longest)
     on_host = full_rank_bytes_on_host(workload.kind, model)
     lines = [recipe.to_yaml().rstrip(), "", f"folder: {recipe.run_dir}", f"recipe: {recipe.sha256}", ""]
     lines += _task_table(workload)
@@ -44,9 +44,8 @@ def format_plan(recipe: Recipe, *, world: int) -> str:
         f"  {'together, while training':<42}{sum(parts.values()) / GIB:8.2f} GiB",
         f"  {'while scoring':<42}{scoring / GIB:8.2f} GiB",
         f"  {'when a task begins, at most':<42}{begins / GIB:8.2f} GiB",
+        f"  {'when a task ends, at most':<42}{ends / GIB:8.2f} GiB",
     ]
-    if moments := feature_bytes(recipe, workload.kind, model):
-        lines.append(f"  {'sums of features, when a task ends':<42}{moments / GIB:8.2f} GiB at most, for activations")
     if on_host:
         lines.append(f"  {'full-rank weights, on the host':<42}{on_host / GIB:8.2f} GiB")
     return "\n".join(lines)

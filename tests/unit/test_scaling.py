@@ -8,7 +8,14 @@ from benchmarks.scaling import PAGE, SCORED, filled, recipes, with_needs
 from benchmarks.scaling_methods import methods_table
 from benchmarks.shapes import SHAPES, T5_SHAPES, Machine, Work, llama, t5
 from pipeline.adapter_kinds import adapter_kind
-from pipeline.memory_estimate import LongestRow, feature_bytes, frozen_bytes, memory_per_rank, scoring_bytes
+from pipeline.memory_estimate import (
+    LongestRow,
+    ending_bytes,
+    feature_bytes,
+    frozen_bytes,
+    memory_per_rank,
+    scoring_bytes,
+)
 from pipeline.recipe import Recipe
 
 
@@ -64,6 +71,8 @@ def test_the_estimate_is_what_a_hand_computes() -> None:
     assert parts["optimizer"] == trained * 12 / 2
     assert parts["protected bases, at most"] == 64 * square // 2 * 2
     assert feature_bytes(recipe, kind, model) == 64 * square * 4
+    ends = ending_bytes(recipe, kind, model, LongestRow(522, 10))
+    assert ends == 2 * 6_738_415_616 + 64 * square * 4 + 5 * 8 * square  # a layer in work takes less
     inputs, block = 32 * 522 * 4 * 4096 * 2, 522 * 4 * 4096 * (34 + 5 * 32 * 522 / 4096)
     logits = 3 * 4 * 4 * 10 * 32000
     assert parts["activations of the longest micro-batch"] == pytest.approx(inputs + block + logits)
