@@ -1,4 +1,4 @@
-"""What prefix tuning needs of transformers: caches that hold a prefix, and LLaMA's queries as attention sees them."""
+"""What reaches into transformers' attention: caches that hold a prefix, LLaMA's queries, T5's masks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import AttentionMaskInterface, DynamicCache, EncoderDecoderCache
+from transformers import AttentionMaskInterface, DynamicCache, EncoderDecoderCache, T5ForConditionalGeneration
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from pipeline.adapters.prefix import PrefixKind
+
+SHARED = "sdpa_shared_mask"
 
 
 def prefix_kind(length: int) -> PrefixKind:
@@ -59,3 +63,43 @@ def queries_seen(stack: Any, told: Callable[[nn.Module, Tensor], None]) -> Itera
     finally:
         stack.config._attn_implementation = used
         del ALL_ATTENTION_FUNCTIONS[name]
+
+
+def share_masks(model: nn.Module) -> None:
+    """Let T5's layers share the sum of position bias and mask, which each would form by itself; same bits.
+
+    Of a model that attends by torch's own function (`sdpa`); others stay as they are.
+    """
+    if not isinstance(model, T5ForConditionalGeneration) or model.config._attn_implementation != "sdpa":
+        return
+    if SHARED not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS[SHARED] = _attend_with_shared_mask
+        AttentionMaskInterface.register(SHARED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation(SHARED)
+
+
+def _attend_with_shared_mask(
+    module: nn.Module,
+    query: Tensor,  # [b, heads, s, c]
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # [b, 1, s or 1, keys], bool
+    *,
+    position_bias: Tensor | None = None,  # [1, heads, s, keys]: one tensor for all layers of a stack
+    **others: Any,
+) -> Any:
+    if attention_mask is not None and position_bias is not None and not position_bias.requires_grad:
+        attention_mask, position_bias = _together(attention_mask, position_bias), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, position_bias=position_bias, **others)
+
+
+def _together(mask: Tensor, bias: Tensor) -> Tensor:
+    """Bias where the mask is, elsewhere the least number, as transformers has it; made once for these two tensors.
+
+    Kept with the bias, and so for one forward.
+    """
+    kept: Any = bias
+    if getattr(kept, "masked", (None, None))[0] is not mask:
+        kept.masked = mask, torch.where(mask, bias, torch.finfo(bias.dtype).min).contiguous()
+    summed: Tensor = kept.masked[1]
+    return summed

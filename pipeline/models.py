@@ -26,6 +26,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data_prep.errors import UserError
 from data_prep.sentencepiece_bpe import follow_sentencepiece, read_bpe
+from pipeline.attention import share_masks
+from pipeline.frozen_linear import speed_up_frozen
 from pipeline.layers import HEAD
 
 Quantization = Literal["nf4", "int8"]
@@ -180,6 +182,8 @@ def skeleton(folder: Path, family: str) -> PreTrainedModel:
 def prepare_for_training(model: nn.Module, *, gradient_checkpointing: bool) -> None:
     """Switch to training mode, with recomputed activations where asked for."""
     model.train()
+    speed_up_frozen(model)
+    share_masks(model)
     if gradient_checkpointing:
         assert isinstance(model, PreTrainedModel)
         # transformers 5.23 warns of the old name; older releases know no other.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.adapters.base import Trained, install
-from pipeline.adapters.branches import AttachedBranches, BranchedLinear
+from pipeline.adapters.branches import AttachedBranches, BranchedLinear, with_branch
 from pipeline.adapters.lora import AttachedLora, LoraKind
 
 
@@ -49,8 +49,7 @@ class CoreLinear(BranchedLinear):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., d_in] -> [..., d_out]
         """`base(x) + alpha U C V^T x`."""
-        core = F.linear(F.linear(F.linear(x, self.Vt), self.C), self.U)
-        output: Tensor = self.base(x) + self.alpha * core
+        output = with_branch(self.base(x), F.linear(F.linear(x, self.Vt), self.C), self.U, self.alpha)
         if self.collecting and torch.is_grad_enabled():
             output = backward_seen(output, x, self.collecting)
         return output

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.adapters.base import Attached, TensorProjector, Trained, install, value_of
-from pipeline.adapters.branches import AttachedBranches, BranchedLinear, dropout_of, widths_of
+from pipeline.adapters.branches import AttachedBranches, BranchedLinear, dropout_of, widths_of, with_branch
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class LoraLinear(BranchedLinear):
     def forward(self, x: Tensor) -> Tensor:  # [..., d_in] -> [..., d_out]
         """`base(x) + s B A dropout(x)`."""
         hidden = F.linear(self.dropout(x), value_of(self.A, self.A_projector))
-        output: Tensor = self.base(x) + self.scale * F.linear(hidden, value_of(self.B, self.B_projector))
-        return output
+        return with_branch(self.base(x), hidden, value_of(self.B, self.B_projector), self.scale)
 
 
 class AttachedLora(AttachedBranches[LoraLinear]):

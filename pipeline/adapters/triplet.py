@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.adapters.base import TensorProjector, Trained, install, value_of
-from pipeline.adapters.branches import AttachedBranches, BranchedLinear, dropout_of, widths_of
+from pipeline.adapters.branches import AttachedBranches, BranchedLinear, dropout_of, widths_of, with_branch
 from pipeline.adapters.lora import Factors, LoraKind
 
 PARTS = ("U", "sigma", "V")
@@ -48,8 +48,7 @@ class TripletLinear(BranchedLinear):
         """`base(x) + s U diag(sigma) V dropout(x)`."""
         hidden = F.linear(self.dropout(x), value_of(self.V, self.V_projector))
         left = value_of(self.U, self.U_projector) * (self.scale * self.sigma)
-        output: Tensor = self.base(x) + F.linear(hidden, left)
-        return output
+        return with_branch(self.base(x), hidden, left)
 
 
 class AttachedTriplets(AttachedBranches[TripletLinear]):

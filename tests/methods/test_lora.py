@@ -14,6 +14,7 @@ from torch import nn
 
 from data_prep.errors import UserError
 from pipeline.adapters.base import Trained
+from pipeline.adapters.branches import with_branch
 from pipeline.adapters.lora import Factors, LoraKind, LoraLinear, from_tensors, summed_update, to_tensors
 from pipeline.layers import target_modules
 from pipeline.models import load_backbone
@@ -107,6 +108,24 @@ def test_the_layer_equals_that_of_peft() -> None:
     merged = theirs.merge_and_unload()[0].weight
     update = summed_update([Factors(ours.A.detach(), ours.B.detach(), 4.0)])
     torch.testing.assert_close(weight + update, merged, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_branch_added_as_one_product_is_the_plain_sum(*, trained: bool, turned: bool) -> None:
+    torch.manual_seed(0)
+    output, hidden = torch.randn(2, 5, 6, dtype=torch.double), torch.randn(2, 5, 3, dtype=torch.double)
+    left = torch.randn(3, 6, dtype=torch.double).mT if turned else torch.randn(6, 3, dtype=torch.double)
+    leaves = [output.requires_grad_(), hidden.requires_grad_(), left.requires_grad_(trained)]
+    delta = torch.randn(2, 5, 6, dtype=torch.double)
+
+    def gradients(summed: torch.Tensor) -> list[torch.Tensor]:
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        return list(torch.autograd.grad((summed * delta).sum(), wanted))
+
+    expected, got = output + 4.0 * nn.functional.linear(hidden, left), with_branch(output, hidden, left, 4.0)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(gradients(got), gradients(expected))
 
 
 def test_dropout_acts_on_the_branch_alone_and_in_training_alone() -> None:

@@ -12,6 +12,7 @@ import torch
 from random_backbones import PAD, random_examples
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration
 
 from data_prep.batches import collate, count_label_tokens
 from data_prep.errors import UserError
@@ -110,6 +111,42 @@ def test_checkpointing_is_for_training_and_where_asked(folders: dict[str, Path])
         prepare_for_training(model, gradient_checkpointing=wanted)
         assert model.training
         assert {layer.gradient_checkpointing for layer in model.model.layers} == {wanted}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_that_share_their_masks_compute_the_same_bits(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, *, checkpointing: bool
+) -> None:
+    torch.manual_seed(0)
+    config = T5Config.from_pretrained(folders["t5"], num_layers=3, num_decoder_layers=3, dropout_rate=0.0)
+    model = T5ForConditionalGeneration(config).requires_grad_(False)
+    trained = [block.layer[0].SelfAttention.v.weight for block in model.encoder.block]
+    batch = collate(random_examples(4, "t5"), family="t5", pad_id=PAD)
+    width, where = batch["input_ids"].shape[1], torch.where
+    masks = 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal masks
+        chosen: Any = where(*arguments)
+        masks += chosen.shape[1:] == (config.num_heads, width, width)
+        return chosen
+
+    monkeypatch.setattr(torch, "where", counted)
+
+    def run() -> tuple[int, list[torch.Tensor]]:
+        nonlocal masks
+        masks = 0
+        for weight in trained:
+            weight.requires_grad_()
+        loss = LabelLoss(model, "t5")(**batch)
+        return masks, [loss.detach(), *torch.autograd.grad(loss, trained)]
+
+    prepare_for_training(model, gradient_checkpointing=checkpointing)
+    once, found = run()
+    model.set_attn_implementation("sdpa")
+    each, expected = run()
+    assert (once, each) == (1, 3)
+    assert all(map(torch.equal, found, expected))
 
 
 def settings(folder: Path, family: str = "t5", revision: str | None = None) -> Model:
