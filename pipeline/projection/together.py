@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +28,35 @@ class _Group:
         trained: list[Tensor] = [parameter for parameter, _ in self.members]
         if isinstance(self.members[0][1], Residual):
             return outside(torch.stack(trained), self.starts, self.matrices)
-        widest = self.matrices.shape[-1]
-        padded = [nn.functional.pad(C, (0, widest - C.shape[-1])) if C.shape[-1] < widest else C for C in trained]
-        return torch.baddbmm(self.starts, torch.stack(padded), self.matrices.mT)
+        values: Tensor = _InComplements.apply(self.starts, self.matrices, *trained)  # type: ignore[no-untyped-call]
+        return values
 
     def share(self) -> None:
         """Let the members' own tensors be parts of the stacked ones, so that a device holds each number once."""
         for (_, projector), start, matrix in zip(self.members, self.starts, self.matrices, strict=True):
             projector.start, projector.matrix = start, matrix[:, : projector.matrix.shape[1]]
+
+
+class _InComplements(torch.autograd.Function):
+    """`start + C N^T` of several C [r, d - k], whose widths may differ: N [M, d, widest] ends in columns of zeros.
+
+    Written out: padding each C in autograd's sight, and taking the pads off its gradient, cost more than the products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, starts: Tensor, matrices: Tensor, *trained: Tensor) -> Tensor:
+        ctx.save_for_backward(matrices)
+        ctx.widths = [C.shape[-1] for C in trained]
+        padded = starts.new_zeros(*starts.shape[:-1], matrices.shape[-1])
+        for room, C in zip(padded.unbind(), trained, strict=True):
+            room[:, : C.shape[-1]] = C
+        return torch.baddbmm(starts, padded, matrices.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (matrices,) = ctx.saved_tensors
+        found = gradients[0] @ matrices
+        return None, None, *(part[:, :width] for part, width in zip(found.unbind(), ctx.widths, strict=True))
 
 
 class Together:
