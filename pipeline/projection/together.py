@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from pipeline.projection.projector import Complement, FromLeft, Projector, Residual, outside
 
 MOST_NUMBERS = 2**24  # of a group's stacked bases: larger ones cost memory, and their products hide the calls
+OWN_GROUP = 8  # as many layers of one very width stand alone: padding them to others' costs more than a group's calls
 
 
 @dataclass
@@ -47,6 +49,8 @@ class _InComplements(torch.autograd.Function):
     def forward(ctx: Any, starts: Tensor, matrices: Tensor, *trained: Tensor) -> Tensor:
         ctx.save_for_backward(matrices)
         ctx.widths = [C.shape[-1] for C in trained]
+        if set(ctx.widths) == {matrices.shape[-1]}:
+            return torch.baddbmm(starts, torch.stack(trained), matrices.mT)
         padded = starts.new_zeros(*starts.shape[:-1], matrices.shape[-1])
         for room, C in zip(padded.unbind(), trained, strict=True):
             room[:, : C.shape[-1]] = C
@@ -55,8 +59,10 @@ class _InComplements(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (matrices,) = ctx.saved_tensors
-        found = gradients[0] @ matrices
-        return None, None, *(part[:, :width] for part, width in zip(found.unbind(), ctx.widths, strict=True))
+        found = (gradients[0] @ matrices).unbind()
+        if set(ctx.widths) == {matrices.shape[-1]}:
+            return None, None, *found
+        return None, None, *(part[:, :width] for part, width in zip(found, ctx.widths, strict=True))
 
 
 class Together:
@@ -103,13 +109,18 @@ def _runs_layers_again(model: nn.Module) -> bool:
 
 
 def _groups(model: nn.Module) -> list[_Group]:
+    stackable = [
+        (parameter, projector)
+        for parameter, projector in _projected(model)
+        if projector.start.dim() == 2 and not hasattr(parameter, "ds_id")
+    ]
+    alike = Counter(_form(projector) for _, projector in stackable)
     by_form: dict[tuple[object, ...], list[tuple[nn.Parameter, Projector]]] = {}
-    for parameter, projector in _projected(model):
-        if projector.start.dim() == 2 and not hasattr(parameter, "ds_id"):
-            # Of like widths, so that at most half of what is stacked is padding.
-            doublings = projector.matrix.shape[1].bit_length()
-            form = type(projector), projector.start.shape, projector.start.device, doublings
-            by_form.setdefault(form, []).append((parameter, projector))
+    for parameter, projector in stackable:
+        form, width = _form(projector)
+        # Others with those of like widths, so that at most half of what is stacked is padding.
+        shared = (width, 0) if alike[form, width] >= OWN_GROUP else (0, width.bit_length())
+        by_form.setdefault((form, *shared), []).append((parameter, projector))
     found = []
     for members in by_form.values():
         bases = [projector.matrix for _, projector in members]
@@ -120,6 +131,11 @@ def _groups(model: nn.Module) -> list[_Group]:
             group.share()
             found.append(group)
     return found
+
+
+def _form(projector: Projector) -> tuple[object, int]:
+    """What may lie side by side, and the width of its basis."""
+    return (type(projector), projector.start.shape, projector.start.device), projector.matrix.shape[1]
 
 
 def _projected(model: nn.Module) -> Iterator[tuple[nn.Parameter, Projector]]:

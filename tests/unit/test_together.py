@@ -16,6 +16,7 @@ from pipeline.projection.together import Together
 
 WIDTH, RANK = 12, 3
 KS = [0, 1, 1, 4, 6, 7, 8, 5]
+MANY = together.OWN_GROUP // 2  # layers: A and B of each
 
 
 class Layers(nn.Module):
@@ -23,11 +24,11 @@ class Layers(nn.Module):
 
     is_gradient_checkpointing = False
 
-    def __init__(self) -> None:
+    def __init__(self, ks: list[int] = KS) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(1)
         self.layers = nn.ModuleList()
-        for k in KS:
+        for k in ks:
             space = Subspace(torch.linalg.qr(torch.randn(WIDTH, k, generator=draw)).Q.contiguous())
             layer = nn.Module()
             for name, left in (("A", False), ("B", True)):
@@ -49,14 +50,15 @@ def loss(values: list[Tensor]) -> Tensor:
     return torch.stack([(index + 1) * (value**3).sum() for index, value in enumerate(values)]).sum()
 
 
-def test_tensors_and_gradients_are_those_of_one_by_one() -> None:
-    model = Layers()
+@pytest.mark.parametrize("ks", [KS, [*KS, *[8] * MANY], [3] * MANY])
+def test_tensors_and_gradients_are_those_of_one_by_one(ks: list[int]) -> None:
+    model = Layers(ks)
     alone = model.values()
     loss(alone).backward()
     expected = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     with Together(model).ready():
-        assert sum(projector.ready is not None for projector in model.projectors()) == 2 * (len(KS) - 1)
+        assert sum(projector.ready is not None for projector in model.projectors()) == 2 * sum(k > 0 for k in ks)
         found = model.values()
         for value, other in zip(found, alone, strict=True):
             assert_close(value, other, rtol=1e-5, atol=1e-5)
@@ -92,6 +94,15 @@ def test_at_most_half_of_what_is_stacked_is_padding() -> None:
     assert len(stacked) == 3, "narrow bases, wide ones, complements"
     for size, members in stacked:
         assert size < 2 * sum(projector.matrix.numel() for _, projector in members)
+
+
+def test_many_of_one_width_stand_alone_unpadded() -> None:
+    group = Together(Layers([*KS, *[8] * MANY]))
+    with group.ready():
+        bases = [[projector.matrix.shape[1] for _, projector in one.members] for one in group._groups]
+    of_4 = [widths for widths in bases if 4 in widths and 5 not in widths]
+    assert [4] * (2 * MANY + 2) in of_4, "complements of k = 8, one more layer of KS among them"
+    assert len(bases) == 4, "beside it narrow bases, wide ones, complements of k = 7"
 
 
 def test_after_the_forward_each_stands_for_itself_again() -> None:
