@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -38,7 +38,9 @@ class Context:
         steps: Sequence[Step] = (),
         checkpoint: Checkpoint | None = None,
         earlier: Sequence[Sequence[Example]] = (),
+        running: Callable[[nn.Module], AbstractContextManager[None]] = lambda model: nullcontext(),
     ) -> None:
+        """`running`: inside what it gives, the model runs without an engine (`weights.Weights.running`)."""
         self.model = model
         self.targets = targets
         self.task_index = task_index
@@ -49,6 +51,7 @@ class Context:
         self._examples = examples
         self._micro_batch_size = micro_batch_size
         self._seed = seed
+        self._running = running
         self._earlier = earlier  # training rows of the finished tasks, for measurements alone
         self._steps = steps
         self._checkpoint = checkpoint
@@ -183,16 +186,17 @@ class Context:
             yield self._engine.module
             return
         module = LabelLoss(self.model, self._family)
-        if not backward:
-            yield module
-            return
-        # With every weight frozen, only a differentiable input makes autograd reach the layers.
-        module.backbone.enable_input_require_grads()
-        try:
-            with recomputing(self.model):
+        with self._running(self.model):
+            if not backward:
                 yield module
-        finally:
-            module.backbone.disable_input_require_grads()
+                return
+            # With every weight frozen, only a differentiable input makes autograd reach the layers.
+            module.backbone.enable_input_require_grads()
+            try:
+                with recomputing(self.model):
+                    yield module
+            finally:
+                module.backbone.disable_input_require_grads()
 
     def on_first(self, action: Callable[[], Value]) -> Value:
         """Rank 0's result."""

@@ -214,6 +214,11 @@ class TaskEngine:
             zero = config["zero_optimization"]
             key = "stage3_param_persistence_threshold"
             zero[key] = max(int(zero.get(key, 0)), 1 + max(parameter.numel() for parameter in trained))
+        if settings.offload == "parameters" and all(map(torch.is_floating_point, model.parameters())):
+            # Else DeepSpeed would first move the whole model to the device: so it takes tensor after tensor.
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
+            for buffer in model.buffers():
+                buffer.data = buffer.data.to(ranks.device)
         foreign_hooks = hook_ids(model)
         self._engine, *_ = deepspeed.initialize(
             model=model,

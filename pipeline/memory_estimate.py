@@ -12,6 +12,7 @@ from eval.label_scoring import LOGITS_PER_FORWARD
 from pipeline.adapter_kinds import trainable_parameters
 from pipeline.adapters.base import AdapterKind
 from pipeline.adapters.lora import LoraKind
+from pipeline.from_host import blocks_of
 from pipeline.models import packed_layers
 from pipeline.recipe import Recipe
 from pipeline.workload import Workload
@@ -113,10 +114,12 @@ def feature_bytes(recipe: Recipe, kind: AdapterKind, model: nn.Module) -> float:
 def ending_bytes(recipe: Recipe, kind: AdapterKind, model: nn.Module, longest: LongestRow) -> float:
     """Of a task's end: the whole backbone, and of PEGP its sums of features, with more that comes one after another.
 
-    A layer in work in the forward that fills them; then five float64 matrices as wide as the widest input, which its
-    decomposition takes.
+    Of a backbone that rests on the host, what ZeRO 3 gathers of it. A layer in work in the forward that fills the sums;
+    then five float64 matrices as wide as the widest input, which its decomposition takes.
     """
     frozen, sums = frozen_bytes(recipe, model), feature_bytes(recipe, kind, model)
+    if recipe.weights_on_host:
+        frozen = _frozen_on_device(recipe, frozen, world=1)
     if not sums:
         return frozen
     assert isinstance(kind, LoraKind), "sums of features are counted for LoRA's layers"
@@ -129,6 +132,7 @@ def ending_bytes(recipe: Recipe, kind: AdapterKind, model: nn.Module, longest: L
 def scoring_bytes(recipe: Recipe, model: nn.Module, longest: Scored) -> dict[str, float]:
     """Of scoring a batch of the longest prompts, by part: a whole copy of the weights, whatever the stage.
 
+    With parameters on the host, of its blocks one at a time.
     The cache holds two numbers for each token, layer and key head dimension, T5's of the prompt in each decoder layer.
     A layer in work: three tensors as wide as its feed-forward block and four as wide as its input; T5's encoder, and
     three of a number for each pair of tokens and head, where no kernel avoids them. After it, logits of the options'
@@ -150,7 +154,7 @@ def scoring_bytes(recipe: Recipe, model: nn.Module, longest: Scored) -> dict[str
         pairs = 0.0
     layer = (3 * inner + 4 * config.hidden_size + pairs) * tokens * width
     return {
-        "frozen weights": frozen_bytes(recipe, model),
+        "frozen weights": _held_bytes(recipe, model),
         "cache of a batch": 2.0 * layers * keys * tokens * width,
         "a layer in work, or options' logits": max(layer, options),
     }
@@ -159,11 +163,12 @@ def scoring_bytes(recipe: Recipe, model: nn.Module, longest: Scored) -> dict[str
 def beginning_bytes(recipe: Recipe, model: nn.Module, longest: LongestRow) -> float:
     """Of a task's begin: the whole backbone, and of LB-CL and GORP a backward through it before ZeRO has scattered it.
 
+    With parameters on the host, of its blocks one at a time.
     What that backward sums up rests on the host.
     """
     backward = recipe.method.name in ("lbcl", "gorp")
     width = 2 if recipe.engine.precision == "bf16" else 4
-    return frozen_bytes(recipe, model) + (_activation_bytes(recipe, longest, model, width) if backward else 0.0)
+    return _held_bytes(recipe, model) + (_activation_bytes(recipe, longest, model, width) if backward else 0.0)
 
 
 def full_rank_bytes_on_host(kind: AdapterKind, model: nn.Module) -> int:
@@ -187,6 +192,16 @@ def frozen_bytes(recipe: Recipe, model: nn.Module) -> float:
         )
         total += packed - width * layer.weight.numel()
     return total
+
+
+def _held_bytes(recipe: Recipe, model: nn.Module) -> float:
+    """What a device holds of the backbone without an engine (`from_host`): all, or what is outside blocks and one."""
+    if not recipe.weights_on_host:
+        return frozen_bytes(recipe, model)
+    width = 2 if recipe.engine.precision == "bf16" else 4
+    blocks = [sum(weight.numel() for weight in block.parameters()) for block in blocks_of(model)]
+    total = sum(weight.numel() for weight in model.parameters())
+    return float(width * (total - sum(blocks) + max(blocks)))
 
 
 def _activation_bytes(recipe: Recipe, longest: LongestRow, model: nn.Module, width: int) -> float:

@@ -196,6 +196,14 @@ class Recipe(Group):
         return content
 
     @property
+    def weights_on_host(self) -> bool:
+        """Whether the backbone rests in the host's memory, and a device holds the layers at work alone.
+
+        A quantized one stays where it was loaded.
+        """
+        return self.engine.offload == "parameters" and self.model.quantization is None
+
+    @property
     def sha256(self) -> str:
         """Hash of `influences`: two recipes of one hash are "the same recipe"."""
         return hashlib.sha256(json.dumps(self.influences(), sort_keys=True).encode()).hexdigest()

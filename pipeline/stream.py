@@ -224,6 +224,7 @@ class Stream:
             steps=self.workload.steps(task),
             checkpoint=Checkpoint(self.workload.model_folder),
             earlier=[earlier.train for earlier in self.workload.tasks[: task.index - 1]],
+            running=self.weights.running,
         )
 
     def _start_engine(self, ctx: Context, task: StreamTask) -> TaskEngine | None:
@@ -235,7 +236,7 @@ class Stream:
         self.facts["trainable_parameters"] = max(count, self.facts.get("trainable_parameters") or 0)
         if not trained:
             return None
-        if recipe.engine.zero == 3:
+        if recipe.engine.zero == 3 and not recipe.weights_on_host:
             ctx.model.to("cpu")  # DeepSpeed moves it back whole and scatters it: no second copy meanwhile
         module = LabelLoss(ctx.model, recipe.model.family)
         engine = TaskEngine(module, recipe.engine, task.training, self.ranks, self.method.groups())
@@ -283,7 +284,7 @@ class Stream:
         trained, costs = after != UNTRAINED, TaskCosts(self.ranks.peak_memory)
         model = self._merged() if trained else self.weights.model({})
         learnt = self._learnt(trained)
-        with self.method.equipped(model) if trained else nullcontext():
+        with self.method.equipped(model) if trained else nullcontext(), self.weights.running(model):
             for task in missing:
                 self.ranks.check_stop(self.stop)
                 self.method.begin_evaluation(task.name, task.index or None)

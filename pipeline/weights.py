@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.lora import Factors
+from pipeline.from_host import blocks_from_host
 from pipeline.layers import merge
-from pipeline.models import load_backbone
+from pipeline.models import CPU, load_backbone
 from pipeline.workload import Workload
 
 Updates = Mapping[str, Sequence[Factors]]
@@ -25,7 +27,7 @@ class Weights:
         self._model: nn.Module | None = None
 
     def model(self, updates: Updates, matrices: Matrices | None = None) -> nn.Module:
-        """The backbone with `matrices` in its place and `updates` merged, in evaluation mode, on the device."""
+        """The backbone with `matrices` in its place and `updates` merged, in evaluation mode, where it rests."""
         workload = self._workload
         if self._model is None:
             recipe = workload.recipe
@@ -35,10 +37,14 @@ class Weights:
                 recipe.model.family,
                 dtype=dtype,
                 quantization=recipe.model.quantization,
-                device=self._device,
+                device=CPU if recipe.weights_on_host else self._device,
             )
         merge(self._model, workload.model_folder, workload.targets, updates, matrices or {})
         return self._model.eval()
+
+    def running(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, `model`, one of these, runs on the device without an engine."""
+        return blocks_from_host(model, self._device) if self._workload.recipe.weights_on_host else nullcontext()
 
     def give_away(self, updates: Updates, matrices: Matrices | None = None) -> nn.Module:
         """The same, for an engine that changes the model beyond repair."""

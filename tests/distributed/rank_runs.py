@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from data_prep.errors import UserError
 from pipeline.context import Context
 from pipeline.engine import Ranks, TaskEngine
+from pipeline.from_host import blocks_from_host
 from pipeline.label_loss import LabelLoss
 from pipeline.layers import target_modules
 from pipeline.loop import train_task
@@ -68,7 +70,12 @@ class Job:
             examples=self.case.examples,
             micro_batch_size=self.training.micro_batch_size,
             seed=SEED,
+            running=self.running,
         )
+
+    def running(self, model: Any) -> AbstractContextManager[None]:
+        resting = self.case.offload == "parameters" and not self.case.bits
+        return blocks_from_host(model, self.ranks.device) if resting else nullcontext()
 
     def method(self, kind: type[Any] | None = None) -> Any:
         kind = kind or METHODS[self.case.method]

@@ -55,9 +55,18 @@ def test_a_finished_run_is_not_trained_again(reference: Path, tmp_path: Path) ->
     assert results(folder) == results(reference)
 
 
-@pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.full), pytest.param(0, marks=pytest.mark.full)])
-def test_two_ranks_give_the_results_of_one(reference: Path, tmp_path: Path, zero: int) -> None:
-    overrides = small(f"output.dir={tmp_path / 'run'}", f"zero={zero}")
+@pytest.mark.parametrize(
+    "engine",
+    [
+        ["zero=2"],
+        pytest.param(["zero=3"], marks=pytest.mark.full),
+        pytest.param(["zero=0"], marks=pytest.mark.full),
+        ["zero=3", "engine.offload=parameters"],
+    ],
+    ids=" ".join,
+)
+def test_two_ranks_give_the_results_of_one(reference: Path, tmp_path: Path, engine: list[str]) -> None:
+    overrides = small(f"output.dir={tmp_path / 'run'}", *engine)
     done = run(launch(2, "recipes/tiny_t5_order1.yaml", *overrides))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     two, one = results(tmp_path / "run"), results(reference)

@@ -1,0 +1,75 @@
+"""A backbone whose weights rest in the host's memory and come to the device one block at a time (offload parameters).
+
+For what runs without DeepSpeed: scoring, and a task's first passes. Slower by each block's way to the device in each
+forward; results are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Its transformer blocks, T5's encoder's before its decoder's."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def blocks_from_host(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, the model runs on `device`, which holds of its frozen blocks' weights those of the block at work.
+
+    What stands outside of blocks (embeddings, the output head) is there for the whole time; trained tensors and
+    buffers, which are few, stay there afterwards. A block's backward finds its weights where recomputation
+    (`models.recomputing`) runs its forward again; without it they stay on the device from the forward to there.
+    """
+    blocks = blocks_of(model)
+    in_blocks = {id(tensor) for block in blocks for tensor in block.parameters() if not tensor.requires_grad}
+    resting: list[tuple[Tensor, Tensor]] = []
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) in in_blocks:
+            continue
+        if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+            resting.append((tensor, tensor.data))
+        tensor.data = tensor.data.to(device)
+    handles = [handle for block in blocks for handle in _Borrowed(block, device).hooks()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for tensor, host in resting:
+            tensor.data = host
+
+
+class _Borrowed:
+    """A block's frozen weights, on the device for one forward."""
+
+    def __init__(self, block: nn.Module, device: torch.device) -> None:
+        self._block = block
+        self._device = device
+        self._resting: list[tuple[nn.Module, str, nn.Parameter]] = []
+
+    def hooks(self) -> list[Any]:
+        """Around each of the block's forwards, also of one that fails."""
+        back = self._block.register_forward_hook(lambda *_: self._give_back(), always_call=True)
+        return [self._block.register_forward_pre_hook(lambda *_: self._bring()), back]
+
+    def _bring(self) -> None:
+        for module in self._block.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                if not weight.requires_grad:
+                    self._resting.append((module, name, weight))
+                    # Another parameter, not other data of this one: what autograd keeps for the backward stays there.
+                    copied = weight.detach().to(self._device, copy=True)
+                    setattr(module, name, nn.Parameter(copied, requires_grad=False))
+
+    def _give_back(self) -> None:
+        for module, name, weight in self._resting:
+            setattr(module, name, weight)
+        self._resting.clear()
