@@ -100,8 +100,7 @@ class T5State:
         past = self.cache.get_seq_length()  # v + 1
         positions = torch.cat([torch.arange(past, device=depths.device), depths + past])  # (past + q,)
         attention = self.model.decoder.block[0].layer[0].SelfAttention
-        # (1, heads, past + q, past + q). The block's weights may rest on the host between its forwards.
-        by_place = attention.compute_bias(len(positions), len(positions)).to(positions.device)
+        by_place = attention.compute_bias(len(positions), len(positions))  # (1, heads, past + q, past + q)
         by_position = by_place[:, :, positions][:, :, :, positions]
         mask = (by_position - by_place)[:, :, past:]
         mask = mask.masked_fill(_hidden(visible, past), torch.finfo(mask.dtype).min)

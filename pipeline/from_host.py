@@ -20,16 +20,28 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def _frozen_linear(block: nn.Module) -> list[nn.Linear]:
+    layers = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    return [layer for layer in layers if not layer.weight.requires_grad]
+
+
+def numbers_held(model: nn.Module) -> int:
+    """How many of the backbone's numbers the device holds at most."""
+    sizes = [sum(layer.weight.numel() for layer in _frozen_linear(block)) for block in blocks_of(model)]
+    return sum(weight.numel() for weight in model.parameters()) - sum(sizes) + max(sizes)
+
+
 @contextmanager
 def blocks_from_host(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, the model runs on `device`, which holds of its frozen blocks' weights those of the block at work.
+    """Inside, the model runs on `device`, which holds of its blocks' frozen linear layers those of the block at work.
 
-    What stands outside of blocks (embeddings, the output head) is there for the whole time; trained tensors and
-    buffers, which are few, stay there afterwards. A block's backward finds its weights where recomputation
-    (`models.recomputing`) runs its forward again; without it they stay on the device from the forward to there.
+    All else is there for the whole time: embeddings, the output head, norms, and what adapters brought, which their
+    forwards read outside of blocks too. Trained tensors and buffers, which are few, stay there afterwards. A block's
+    backward finds its weights where recomputation (`models.recomputing`) runs its forward again; without it they stay
+    on the device from the forward to there.
     """
     blocks = blocks_of(model)
-    in_blocks = {id(tensor) for block in blocks for tensor in block.parameters() if not tensor.requires_grad}
+    in_blocks = {id(layer.weight) for block in blocks for layer in _frozen_linear(block)}
     resting: list[tuple[Tensor, Tensor]] = []
     for tensor in [*model.parameters(), *model.buffers()]:
         if id(tensor) in in_blocks:
@@ -48,12 +60,12 @@ def blocks_from_host(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 class _Borrowed:
-    """A block's frozen weights, on the device for one forward."""
+    """The weights of a block's frozen linear layers, on the device for one forward."""
 
     def __init__(self, block: nn.Module, device: torch.device) -> None:
         self._block = block
         self._device = device
-        self._resting: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._resting: list[tuple[Any, Tensor]] = []
 
     def hooks(self) -> list[Any]:
         """Around each of the block's forwards, also of one that fails."""
@@ -61,15 +73,13 @@ class _Borrowed:
         return [self._block.register_forward_pre_hook(lambda *_: self._bring()), back]
 
     def _bring(self) -> None:
-        for module in self._block.modules():
-            for name, weight in module.named_parameters(recurse=False):
-                if not weight.requires_grad:
-                    self._resting.append((module, name, weight))
-                    # Another parameter, not other data of this one: what autograd keeps for the backward stays there.
-                    copied = weight.detach().to(self._device, copy=True)
-                    setattr(module, name, nn.Parameter(copied, requires_grad=False))
+        for layer in _frozen_linear(self._block):
+            self._resting.append((layer, layer.weight))
+            # Another parameter, not other data of this one: what autograd keeps for the backward stays there.
+            copied = layer.weight.detach().to(self._device, copy=True)
+            layer.weight = nn.Parameter(copied, requires_grad=False)
 
     def _give_back(self) -> None:
-        for module, name, weight in self._resting:
-            setattr(module, name, weight)
+        for layer, weight in self._resting:
+            layer.weight = weight
         self._resting.clear()

@@ -12,7 +12,7 @@ from eval.label_scoring import LOGITS_PER_FORWARD
 from pipeline.adapter_kinds import trainable_parameters
 from pipeline.adapters.base import AdapterKind
 from pipeline.adapters.lora import LoraKind
-from pipeline.from_host import blocks_of
+from pipeline.from_host import numbers_held
 from pipeline.models import packed_layers
 from pipeline.recipe import Recipe
 from pipeline.workload import Workload
@@ -195,13 +195,11 @@ def frozen_bytes(recipe: Recipe, model: nn.Module) -> float:
 
 
 def _held_bytes(recipe: Recipe, model: nn.Module) -> float:
-    """What a device holds of the backbone without an engine (`from_host`): all, or what is outside blocks and one."""
+    """What a device holds of the backbone without an engine (`from_host`): all, or all but blocks and one of these."""
     if not recipe.weights_on_host:
         return frozen_bytes(recipe, model)
     width = 2 if recipe.engine.precision == "bf16" else 4
-    blocks = [sum(weight.numel() for weight in block.parameters()) for block in blocks_of(model)]
-    total = sum(weight.numel() for weight in model.parameters())
-    return float(width * (total - sum(blocks) + max(blocks)))
+    return float(width * numbers_held(model))
 
 
 def _activation_bytes(recipe: Recipe, longest: LongestRow, model: nn.Module, width: int) -> float:

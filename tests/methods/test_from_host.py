@@ -8,10 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import module_adapter_cases
 import pytest
 import torch
+from module_adapter_cases import KINDS, kind_of, random_tensors
 from random_backbones import PAD, save_backbone
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from eval.prompt_state import LlamaState, PromptState, T5State
 from pipeline.adapters.base import Trained
@@ -131,37 +135,55 @@ def test_a_backward_finds_the_weights_of_its_block(backbone: Any) -> None:
 
 @contextmanager
 def outside_on(model: Any, device: torch.device) -> Iterator[Any]:
-    """A copy of `model` on `device` but for its blocks' frozen weights, which rest on the host, as for a GPU."""
+    """A copy of `model` on `device` but for its blocks' linear layers, which rest on the host, as for a GPU."""
     moved = copy.deepcopy(model).to(device)
     for block, resting in zip(blocks_of(moved), blocks_of(model), strict=True):
         for module, other in zip(block.modules(), resting.modules(), strict=True):
-            for name, weight in other.named_parameters(recurse=False):
-                if not weight.requires_grad:
-                    setattr(module, name, weight)
+            if isinstance(module, nn.Linear):
+                module.weight = other.weight
     with blocks_from_host(moved, device):
         yield moved
 
 
-def test_all_that_meets_lies_on_the_device(backbone: Any) -> None:
-    """On torch's meta device, which like a GPU refuses operands of another device, and computes nothing."""
+class OneDevice(TorchDispatchMode):
+    """Refuses what a GPU does: operands of several devices (torch's meta device itself lets products pass)."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
+        devices = {x.device for x in operands}
+        assert len(devices) <= 1, f"{func} of {devices}"
+        return func(*args, **(kwargs or {}))
+
+
+def test_all_that_meets_in_a_backward_lies_on_the_device(backbone: Any) -> None:
     model = with_lora(backbone)
-    with outside_on(model, META) as moved:
+    with outside_on(model, META) as moved, OneDevice():
         found = gradients(moved, META)
     assert found
     assert {gradient.device for gradient in found.values()} == {META}
-    with pytest.raises(RuntimeError, match="device"):
+    with pytest.raises(AssertionError, match="mm"), OneDevice():
         gradients(moved, META)  # its blocks are on the host again
 
 
-def test_packed_options_meet_t5s_position_bias_on_the_device(tmp_path: Path) -> None:
-    """Which `packed_logits` asks a block for, outside of its forward."""
-    model = load_backbone(save_backbone(tmp_path / "model", "t5"), "t5", dtype=torch.float32)
-    with outside_on(model, META) as moved, torch.no_grad():
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_adapters_bring_meets_the_backbone_on_the_device(name: str, family: str) -> None:
+    """A prefix is read by its stack, before the blocks; T5's position bias by `packed_logits`, between forwards."""
+    model, kind = module_adapter_cases.backbone(family), kind_of(name, family)
+    kind.attach(model, {name: Trained(tensor, fixed=True) for name, tensor in random_tensors(kind, model).items()})
+    with outside_on(model, META) as moved, torch.no_grad(), OneDevice():
         ids = torch.zeros(2, 5, dtype=torch.long, device=META)
-        output = moved(input_ids=ids, decoder_input_ids=ids[:, :1], use_cache=True)
-        state = T5State.__new__(T5State)  # reading prompts looks at numbers, which the meta device has not
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if family == "t5":
+            inputs["decoder_input_ids"] = ids[:, :1]
+        output = moved(**inputs, use_cache=True)
+        state = (T5State if family == "t5" else LlamaState).__new__(T5State if family == "t5" else LlamaState)
         state.model, state.mask, state.cache = moved, None, output.past_key_values
-        state.encoded = output.encoder_last_hidden_state
+        state.logits = output.logits[:, -1]
+        if isinstance(state, T5State):
+            state.encoded = output.encoder_last_hidden_state
+        else:
+            state.lengths = ids[:, 0]
         packed = state.packed_logits(ids[0, :3], ids[0, :3], torch.ones(3, 3, dtype=torch.bool, device=META))
     assert packed.device == META
 
@@ -170,7 +192,8 @@ def test_the_estimate_counts_what_is_outside_of_blocks_and_the_largest(backbone:
     family = family_of(backbone)
     plain = Recipe.load(f"recipes/tiny_{family}_order1.yaml", ["zero=3"])
     resting = Recipe.load(f"recipes/tiny_{family}_order1.yaml", ["zero=3", "engine.offload=parameters"])
-    sizes = [sum(weight.numel() for weight in block.parameters()) for block in blocks_of(backbone)]
+    linear = [[layer for layer in block.modules() if isinstance(layer, nn.Linear)] for block in blocks_of(backbone)]
+    sizes = [sum(layer.weight.numel() for layer in layers) for layers in linear]
     saved = 4 * (sum(sizes) - max(sizes))
     assert saved > 0
     whole, part = (scoring_bytes(recipe, backbone, Scored(20, 6)) for recipe in (plain, resting))
