@@ -20,14 +20,17 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def _linear(block: nn.Module) -> list[nn.Linear]:
+    return [module for module in block.modules() if isinstance(module, nn.Linear)]
+
+
 def _frozen_linear(block: nn.Module) -> list[nn.Linear]:
-    layers = [module for module in block.modules() if isinstance(module, nn.Linear)]
-    return [layer for layer in layers if not layer.weight.requires_grad]
+    return [layer for layer in _linear(block) if not layer.weight.requires_grad]
 
 
 def numbers_held(model: nn.Module) -> int:
-    """How many of the backbone's numbers the device holds at most."""
-    sizes = [sum(layer.weight.numel() for layer in _frozen_linear(block)) for block in blocks_of(model)]
+    """How many of a bare backbone's numbers the device holds at most; it may be a skeleton."""
+    sizes = [sum(layer.weight.numel() for layer in _linear(block)) for block in blocks_of(model)]
     return sum(weight.numel() for weight in model.parameters()) - sum(sizes) + max(sizes)
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from eval.prompt_state import LlamaState, PromptState, T5State
 from pipeline.adapters.base import Trained
 from pipeline.adapters.lora import LoraKind
-from pipeline.from_host import blocks_from_host, blocks_of
+from pipeline.from_host import blocks_from_host, blocks_of, numbers_held
 from pipeline.layers import target_modules
 from pipeline.memory_estimate import LongestRow, Scored, beginning_bytes, scoring_bytes
 from pipeline.models import load_backbone, recomputing
@@ -199,5 +199,6 @@ def test_the_estimate_counts_what_is_outside_of_blocks_and_the_largest(backbone:
     whole, part = (scoring_bytes(recipe, backbone, Scored(20, 6)) for recipe in (plain, resting))
     assert whole["frozen weights"] - part["frozen weights"] == saved
     assert whole | {"frozen weights": 0} == part | {"frozen weights": 0}
+    assert numbers_held(copy.deepcopy(backbone).requires_grad_(True)) == numbers_held(backbone), "as of a skeleton"
     row = LongestRow(20, 5)
     assert beginning_bytes(plain, backbone, row) - beginning_bytes(resting, backbone, row) == saved
