@@ -46,7 +46,8 @@ def measure(report: Report, model: Any, workload: Workload, task: StreamTask, op
     """Both forms against ours on one task; each must be right on the same rows."""
     size = (options.rows, options.batch_size)
     ours, fixed = Scoring(model, workload, task, *size), StaticCache(model, workload, task, *size)
-    form = Scoring(compiled(model), workload, task, *size)
+    form = Scoring(model, workload, task, *size)
+    form.prepared = compiled(form.prepared)
     title = f"{options.model}, {task.name}, {len(ours.examples)} rows"
     start = time.perf_counter()
     form.ours(0)

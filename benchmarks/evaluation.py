@@ -29,7 +29,7 @@ from data_prep.errors import UserError
 from eval.decode import predict
 from eval.generation import end_ids
 from eval.scoring import exact_match
-from pipeline.models import load_backbone
+from pipeline.models import load_backbone, prepare_for_scoring
 from pipeline.recipe import Recipe
 from pipeline.workload import Alone, StreamTask, Workload, load_workload
 
@@ -44,7 +44,10 @@ class Scoring:
     generation: ClassVar[dict[str, Any]] = {}  # what `generate` is told beside
 
     def __init__(self, model: Any, workload: Workload, task: StreamTask, rows: int, batch_size: int) -> None:
+        """`model` as transformers loads it; ours scores with a copy that is prepared as a run's."""
         self.model, self.tokenizer, self.task = model, workload.tokenizer, task
+        self.prepared = copy.deepcopy(model)
+        prepare_for_scoring(self.prepared)
         self.family = workload.recipe.model.family
         self.examples: Sequence[Example] = task.evaluation[:rows]
         self.batch_size = batch_size
@@ -54,7 +57,7 @@ class Scoring:
     def ours(self, _: int) -> None:
         """Early stop, rows dropped, batches of like length; no label scoring, which the baseline has not."""
         found = predict(
-            self.model,
+            self.prepared,
             self.tokenizer,
             self.examples,
             family=self.family,

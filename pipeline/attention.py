@@ -83,13 +83,14 @@ def _attend_with_shared_mask(
     query: Tensor,  # [b, heads, s, c]
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,  # [b, 1, s or 1, keys], bool
+    attention_mask: Tensor | None,  # [b, 1, s or 1, keys], bool; or what is to be added
     *,
     position_bias: Tensor | None = None,  # [1, heads, s, keys]: one tensor for all layers of a stack
     **others: Any,
 ) -> Any:
-    if attention_mask is not None and position_bias is not None and not position_bias.requires_grad:
-        attention_mask, position_bias = _together(attention_mask, position_bias), None
+    hides = attention_mask if attention_mask is not None and attention_mask.dtype == torch.bool else None
+    if hides is not None and position_bias is not None and not position_bias.requires_grad:
+        attention_mask, position_bias = _together(hides, position_bias), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, position_bias=position_bias, **others)
 
 

@@ -23,6 +23,8 @@ class FrozenLinear(nn.Linear):
         """`W x`."""
         if not _by_onednn(x, self.weight):
             return F.linear(x, self.weight)
+        if not torch.is_grad_enabled():
+            return _onednn(x, self.weight)
         product: Tensor = _Product.apply(x, self.weight)  # type: ignore[no-untyped-call]
         return product
 

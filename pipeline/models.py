@@ -182,13 +182,23 @@ def skeleton(folder: Path, family: str) -> PreTrainedModel:
 def prepare_for_training(model: nn.Module, *, gradient_checkpointing: bool) -> None:
     """Switch to training mode, with recomputed activations where asked for."""
     model.train()
-    speed_up_frozen(model)
-    share_masks(model)
+    _speed_up(model)
     if gradient_checkpointing:
         assert isinstance(model, PreTrainedModel)
         # transformers 5.23 warns of the old name; older releases know no other.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+
+
+def prepare_for_scoring(model: nn.Module) -> None:
+    """Switch to evaluation mode, with the faster products and masks that training has."""
+    model.eval()
+    _speed_up(model)
+
+
+def _speed_up(model: nn.Module) -> None:
+    speed_up_frozen(model)
+    share_masks(model)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pipeline.engine import Ranks, TaskEngine
 from pipeline.label_loss import LabelLoss
 from pipeline.loop import TaskSummary, train_task
 from pipeline.methods import METHODS, Method
-from pipeline.models import prepare_for_training
+from pipeline.models import prepare_for_scoring, prepare_for_training
 from pipeline.projection.features import FeaturesNotFinite
 from pipeline.retention import RetentionBook
 from pipeline.run_folder import RunFolder
@@ -283,6 +283,7 @@ class Stream:
             return
         trained, costs = after != UNTRAINED, TaskCosts(self.ranks.peak_memory)
         model = self._merged() if trained else self.weights.model({})
+        prepare_for_scoring(model)
         learnt = self._learnt(trained)
         with self.method.equipped(model) if trained else nullcontext(), self.weights.running(model):
             for task in missing:

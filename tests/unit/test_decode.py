@@ -1,5 +1,6 @@
 """Generation with early stopping against transformers' own `generate`, on random and on the mini models."""
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from eval.decode import Prediction, plan_batches
 from eval.generation import TextFollower, generate_greedily
 from eval.prompt_state import common_prefix
 from eval.scoring import exact_match, normalise
+from pipeline.frozen_linear import FEWEST_ROWS, FrozenLinear
+from pipeline.models import prepare_for_scoring
 
 
 def check_matches(predictions: list[Prediction], texts: list[str], labels: list[str]) -> None:
@@ -60,6 +63,23 @@ def test_nothing_is_cut_while_a_label_is_in_reach_and_hopeless_rows_end_at_once(
     assert all(not p.stopped or normalise(p.text) for p in hopeless)
     whole = run(model, tokenizer, family, texts)
     assert sum(p.tokens for p in hopeless) < sum(p.tokens for p in whole) / 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_prepared_for_scoring_says_the_same(family: str) -> None:
+    """Its products are oneDNN's where many rows meet, T5's masks are made once; options bring a mask of their own."""
+    model, tokenizer = random_model(family), tokenizer_of(family)
+    labels, many = [*random_texts(family), "Moss", "Moss or fern"], examples_of(tokenizer, family) * 6
+    prepared = copy.deepcopy(model).requires_grad_(False)
+    prepare_for_scoring(prepared)
+    assert any(isinstance(layer, FrozenLinear) for layer in prepared.modules())
+    assert len(many) > FEWEST_ROWS, "so that a step of generation is oneDNN's too"
+    both = [
+        run(m, tokenizer, family, labels, examples=many, batch_size=64, label_scoring=True) for m in (model, prepared)
+    ]
+    for plain, fast in zip(*both, strict=True):
+        assert (fast.text, fast.stopped, fast.tokens) == (plain.text, plain.stopped, plain.tokens)
+        assert fast.option_scores == pytest.approx(plain.option_scores, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
