@@ -16,7 +16,7 @@ from pipeline.context import Context
 from pipeline.methods import Method
 from pipeline.recipe import Batching, Training
 from pipeline.runlog import Progress, RunLog
-from pipeline.seeds import derive_seed
+from pipeline.seeds import derive_seed, generator
 from pipeline.stopping import Stopped, StopRequest
 
 Step = list[list[int]]  # micro-batches of row positions
@@ -53,22 +53,28 @@ def plan_joint(
 ) -> list[Step]:
     """Steps over the rows of several tasks, each with its epochs; positions count through the rows of all.
 
-    Epoch e deals the rows of those tasks that have so many, all together.
+    There are as many joint epochs as the most of any task has, and each deals an equal share of every task's passes:
+    were tasks of few epochs dealt in the first ones alone, the last ones would train them away.
     """
     starts = [sum(len(rows) for rows, _ in parts[:index]) for index in range(len(parts))]
     lengths = [len(example.input_ids) + len(example.label_ids) for rows, _ in parts for example in rows]
+    passes = [
+        [start + row for turn in range(epochs) for row in _shuffled(len(rows), seed, task_index, part, turn)]
+        for part, ((rows, epochs), start) in enumerate(zip(parts, starts, strict=True))
+    ]
     steps: list[Step] = []
-    for epoch in range(max(epochs for _, epochs in parts)):
-        dealt = [
-            start + row
-            for (rows, epochs), start in zip(parts, starts, strict=True)
-            if epoch < epochs
-            for row in range(len(rows))
-        ]
+    count = max(epochs for _, epochs in parts)
+    for epoch in range(count):
+        dealt = [row for rows in passes for row in rows[len(rows) * epoch // count : len(rows) * (epoch + 1) // count]]
         of_epoch = [lengths[position] for position in dealt]
         planned = _plan_epoch(of_epoch, training, batching, seed=seed, task_index=task_index, epoch=epoch)
         steps += [[[row if row == PADDING_ROW else dealt[row] for row in part] for part in step] for step in planned]
     return steps
+
+
+def _shuffled(count: int, seed: int, task_index: int, part: int, turn: int) -> list[int]:
+    order: list[int] = torch.randperm(count, generator=generator(seed, "joint", task_index, part, turn)).tolist()
+    return order
 
 
 def _plan_epoch(
