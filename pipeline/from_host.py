@@ -12,12 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Its transformer blocks, T5's encoder's before its decoder's."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+from pipeline.models import blocks_of
 
 
 def _linear(block: nn.Module) -> list[nn.Linear]:

@@ -201,6 +201,11 @@ def _speed_up(model: nn.Module) -> None:
     share_masks(model)
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Its transformer blocks, T5's encoder's before its decoder's."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
     """Inside, a model in evaluation mode recomputes activations where it was told to (`prepare_for_training`).
@@ -208,8 +213,7 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     The blocks that run their layers again do so in training mode alone; dropout is none of theirs, and stays off (of
     their attentions, which carry the same flag, it is).
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    blocks = [layer for layer in layers if layer.gradient_checkpointing]
+    blocks: list[Any] = [block for block in blocks_of(model) if block.gradient_checkpointing]
     try:
         for block in blocks:
             block.training = True

@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 from eval.prompt_state import LlamaState, PromptState, T5State
 from pipeline.adapters.base import Trained
 from pipeline.adapters.lora import LoraKind
-from pipeline.from_host import blocks_from_host, blocks_of, numbers_held
+from pipeline.from_host import blocks_from_host, numbers_held
 from pipeline.layers import target_modules
 from pipeline.memory_estimate import LongestRow, Scored, beginning_bytes, scoring_bytes
-from pipeline.models import load_backbone, recomputing
+from pipeline.models import blocks_of, load_backbone, recomputing
 from pipeline.recipe import Recipe
 
 CPU, META = torch.device("cpu"), torch.device("meta")
