@@ -28,6 +28,8 @@ CASES = [
     ["method=pegp", "zero=2", "engine.precision=bf16"],
     ["method=pegp", "zero=3", "engine.precision=bf16"],
     ["method=pegp", "zero=3", "engine.offload=parameters"],
+    ["method=gorp", "zero=3", "engine.offload=parameters"],
+    ["method=lbcl", "zero=3", "engine.offload=parameters", "engine.precision=bf16"],
     ["method=gorp", "zero=2"],
     ["method=gorp", "zero=3", "engine.precision=bf16"],
     ["method=lbcl", "zero=2"],
