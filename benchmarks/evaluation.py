@@ -10,6 +10,7 @@ if __name__ == "__main__":
 import argparse
 import copy
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import exp, log
@@ -17,12 +18,13 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import gorp_costs
 from benchmarks.command_line import writable
 from benchmarks.finished_runs import FinishedRun
 from benchmarks.pairs import Report, compare, table, write_json
+from benchmarks.scoring_baselines import BASELINES, Predict, ended, generated
 from benchmarks.streams import MODELS
 from data_prep.batches import Example
 from data_prep.errors import UserError
@@ -39,7 +41,7 @@ MEAN_GOAL = 1 / 1.5  # of the geometric mean over tasks, on models that stop by 
 
 
 class Scoring:
-    """A task's rows, scored by us and by transformers' own `generate`, in batches of equal size."""
+    """A task's rows, scored by us and by transformers, in batches of equal size."""
 
     generation: ClassVar[dict[str, Any]] = {}  # what `generate` is told beside
 
@@ -69,30 +71,21 @@ class Scoring:
         )
         self.texts["ours"] = [prediction.text for prediction in found]
 
-    @torch.inference_mode()
     def baseline(self, _: int) -> None:
-        """Rows in their order, padded to the longest of a batch, to EOS or the limit."""
-        texts, lengths = [], []
-        for start in range(0, len(self.examples), self.batch_size):
-            prompts = [example.input_ids for example in self.examples[start : start + self.batch_size]]
-            ids, mask = _padded(prompts, int(self.tokenizer.pad_token_id or 0), left=self.family == "llama2")
-            written = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                do_sample=False,
-                num_beams=1,
-                max_new_tokens=NEW_TOKENS,
-                **self.generation,
-            )
-            written = written[:, ids.shape[1] :] if self.family == "llama2" else written[:, 1:]
-            ends = end_ids(self.model, self.tokenizer)
-            for row in written.tolist():
-                stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
-                lengths.append(stop)
-                texts.append(
-                    self.tokenizer.decode(row[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                )
-        self.texts["baseline"], self.lengths = texts, lengths
+        """transformers' `generate`."""
+        told = {"max_new_tokens": NEW_TOKENS, **self.generation}
+        self._keep(generated(self.model, self.tokenizer, self.family, self.examples, self.batch_size, **told))
+
+    def predict(self, _: int) -> None:
+        """`Seq2SeqTrainer.predict`, which generates and takes the loss."""
+        with tempfile.TemporaryDirectory() as folder:
+            scored = Predict(self.model, self.tokenizer, self.batch_size, folder, new_tokens=NEW_TOKENS)
+            self._keep(scored(self.examples))
+
+    def _keep(self, rows: list[list[int]]) -> None:
+        rows = ended(self.model, self.tokenizer, rows)
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self.texts["baseline"], self.lengths = [decode(row) for row in rows], [len(row) for row in rows]
 
     def check(self) -> int:
         """Rows that are right; both must agree on every row."""
@@ -105,13 +98,6 @@ class Scoring:
         return sum(right["ours"])
 
 
-def _padded(prompts: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    width = max(map(len, prompts))
-    rows = [[pad] * (width - len(p)) + list(p) if left else list(p) + [pad] * (width - len(p)) for p in prompts]
-    masks = [[0] * (width - len(p)) + [1] * len(p) if left else [1] * len(p) + [0] * (width - len(p)) for p in prompts]
-    return torch.tensor(rows), torch.tensor(masks)
-
-
 def endless(model: Any, tokenizer: Any) -> nn.Module:
     """The model with a head that knows no end: it generates to its limit, as a damaged one does."""
     damaged: Any = copy.deepcopy(model)
@@ -122,41 +108,53 @@ def endless(model: Any, tokenizer: Any) -> nn.Module:
 
 
 def measure(report: Report, name: str, state: str, model: Any, workload: Workload, options: argparse.Namespace) -> None:
-    """One state of one model over all tasks."""
+    """One state of one model over all tasks, against one baseline after the other."""
+    own = [b for b in BASELINES if b == "generate" or workload.recipe.model.family == "t5"]
+    for baseline in own:
+        if not options.baseline or baseline in options.baseline:
+            _measure(report, f"{name}, {state}, {baseline}", baseline, GOALS[state], model, workload, options)
+
+
+def _measure(
+    report: Report, name: str, baseline: str, goal: float, model: Any, workload: Workload, options: argparse.Namespace
+) -> None:
     ratios = []
     for task in workload.tasks:
         scoring = Scoring(model, workload, task, options.rows, options.batch_size)
-        title = f"{name}, {state}: {task.name}, {len(scoring.examples)} rows"
-        found = compare(title, scoring.ours, scoring.baseline, pairs=options.pairs, goal=GOALS[state])
+        theirs = scoring.predict if baseline == "predict" else scoring.baseline
+        title = f"{name}: {task.name}, {len(scoring.examples)} rows"
+        found = compare(title, scoring.ours, theirs, pairs=options.pairs, goal=goal)
         ratios.append(found.ratio)
         report.add(found)
         peaks = {
             f"{side}: peak MiB above the weights": round(gorp_costs.peak_bytes(partial(work, 0)) / 2**20, 1)
-            for side, work in (("ours", scoring.ours), ("the baseline", scoring.baseline))
+            for side, work in (("ours", scoring.ours), ("the baseline", theirs))
         }
         lengths = {"right": scoring.check(), "the baseline's mean length": round(fmean(scoring.lengths), 1)}
         report.state(title, lengths | peaks)
-    mean = exp(fmean(map(log, ratios)))
-    goal = GOALS[state] if state == "endless" else MEAN_GOAL
-    verdict = "met" if mean <= goal else "missed"
-    report.state(f"{name}, {state}: times faster, geometric mean", f"{1 / mean:.2f} (goal {1 / goal:.1f}: {verdict})")
+    mean, wanted = exp(fmean(map(log, ratios))), min(goal, MEAN_GOAL)
+    verdict = "met" if mean <= wanted else "missed"
+    report.state(f"{name}: times faster, geometric mean", f"{1 / mean:.2f} (goal {1 / wanted:.1f}: {verdict})")
 
 
 def states(options: argparse.Namespace) -> list[tuple[str, str, Callable[[], Any], Workload]]:
     """Name, state, what makes the model, and whose rows."""
     found: list[tuple[str, str, Callable[[], Any], Workload]] = []
+    wanted = options.state or GOALS
     for name in [options.model] if options.model else MODELS:
         recipe = Recipe.load(f"recipes/{name}_order4.yaml")
         workload = load_workload(recipe, Alone())
         plain = partial(load_backbone, workload.model_folder, recipe.model.family, dtype=torch.float32)
         found += [(name, "untrained", plain, workload)]
-        found += [
-            (name, "endless", lambda plain=plain, workload=workload: endless(plain(), workload.tokenizer), workload)
-        ]
+        found += [(name, "endless", partial(_damaged, plain, workload.tokenizer), workload)]
     for folder in options.run or []:
         run = FinishedRun(folder)
         found.append((folder.name, "trained", partial(_last, run), run.workload))
-    return found
+    return [one for one in found if one[1] in wanted]
+
+
+def _damaged(make: Callable[[], Any], tokenizer: Any) -> nn.Module:
+    return endless(make(), tokenizer)
 
 
 def _last(run: FinishedRun) -> nn.Module:
@@ -169,6 +167,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python benchmarks/evaluation.py", description=__doc__)
     parser.add_argument("--model", choices=MODELS, help="both by default")
     parser.add_argument("--run", type=Path, action="append", help="a finished run, scored after its last task")
+    parser.add_argument("--state", choices=GOALS, action="append", help="all by default")
+    parser.add_argument("--baseline", choices=BASELINES, action="append", help="all that the model has by default")
     parser.add_argument("--rows", type=int, default=200, help="of each task")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=8)

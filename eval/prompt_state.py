@@ -56,7 +56,7 @@ def _hidden(visible: Tensor, past: int) -> Tensor:
 
 
 class T5State:
-    """Prompts read by a T5: the encoder has run once, the cross-attention cache holds its keys and values."""
+    """Prompts read by a T5: the encoder has run once, and each step reads its output, or keys and values made of it."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
         weight = model.get_input_embeddings().weight
@@ -88,8 +88,7 @@ class T5State:
         """See `PromptState`."""
         self.cache.batch_select_indices(rows)
         self.mask = None if self.mask is None else self.mask[rows]
-        # With a filled cache the decoder asks the encoder's output for its shape alone: a view will do.
-        self.encoded = self.encoded[: len(rows)]
+        self.encoded = self.encoded[rows]
 
     def packed_logits(self, tokens: Tensor, depths: Tensor, visible: Tensor) -> Tensor:
         """See `PromptState`. The decoder's first positions are in the cache already: v virtual ones, the start token.

@@ -14,6 +14,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 ENGINE = {"pipeline/engine.py"}
 TRANSFORMERS = {
     "pipeline/attention.py",
+    "pipeline/cross_attention.py",
     "pipeline/export.py",
     "pipeline/export_merged.py",
     "pipeline/export_peft.py",

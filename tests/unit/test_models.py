@@ -122,24 +122,22 @@ def test_layers_that_share_their_masks_compute_the_same_bits(
     model = T5ForConditionalGeneration(config).requires_grad_(False)
     trained = [block.layer[0].SelfAttention.v.weight for block in model.encoder.block]
     batch = collate(random_examples(4, "t5"), family="t5", pad_id=PAD)
-    width, where = batch["input_ids"].shape[1], torch.where
-    masks = 0
+    width, attend = batch["input_ids"].shape[1], torch.nn.functional.scaled_dot_product_attention
+    masks: list[torch.Tensor] = []
 
-    def counted(*arguments: Any) -> Any:
-        nonlocal masks
-        chosen: Any = where(*arguments)
-        masks += chosen.shape[1:] == (config.num_heads, width, width)
-        return chosen
+    def seen(*arguments: Any, attn_mask: torch.Tensor, **others: Any) -> Any:
+        if attn_mask.shape[1:] == (config.num_heads, width, width) and not any(attn_mask is mask for mask in masks):
+            masks.append(attn_mask)
+        return attend(*arguments, attn_mask=attn_mask, **others)
 
-    monkeypatch.setattr(torch, "where", counted)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
 
     def run() -> tuple[int, list[torch.Tensor]]:
-        nonlocal masks
-        masks = 0
+        masks.clear()
         for weight in trained:
             weight.requires_grad_()
         loss = LabelLoss(model, "t5")(**batch)
-        return masks, [loss.detach(), *torch.autograd.grad(loss, trained)]
+        return len(masks), [loss.detach(), *torch.autograd.grad(loss, trained)]
 
     prepare_for_training(model, gradient_checkpointing=checkpointing)
     once, found = run()
