@@ -130,8 +130,12 @@ def _measure(
             f"{side}: peak MiB above the weights": round(gorp_costs.peak_bytes(partial(work, 0)) / 2**20, 1)
             for side, work in (("ours", scoring.ours), ("the baseline", theirs))
         }
+        speeds = {
+            f"{side}: rows a second": round(1000 * len(scoring.examples) / ms, 1)
+            for side, ms in (("ours", found.first_ms), ("the baseline", found.second_ms))
+        }
         lengths = {"right": scoring.check(), "the baseline's mean length": round(fmean(scoring.lengths), 1)}
-        report.state(title, lengths | peaks)
+        report.state(title, lengths | speeds | peaks)
     mean, wanted = exp(fmean(map(log, ratios))), min(goal, MEAN_GOAL)
     verdict = "met" if mean <= wanted else "missed"
     report.state(f"{name}: times faster, geometric mean", f"{1 / mean:.2f} (goal {1 / wanted:.1f}: {verdict})")

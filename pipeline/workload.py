@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 
+JOINT_PLAN = "each epoch deals a share of every task"  # so that stages of another dealing are not taken for these
+
+
 @dataclass(frozen=True)
 class StreamTask:
     """One task of the stream, ready to train and to score."""
@@ -112,10 +115,11 @@ class Workload:
         """The fingerprint of a task's rows; of tasks trained together theirs, with names and epochs."""
         if not task.joined:
             return task.data.fingerprints["train"]
-        return [
+        parts = [
             [part.data.fingerprints["train"], part.name, part.data.task.family, part.training.epochs]
             for part in task.joined
         ]
+        return [JOINT_PLAN, *parts]
 
     def cell_influences(self, task: StreamTask) -> dict[str, Any]:
         """All that decides a score beside the weights: a cell's address."""
