@@ -9,9 +9,9 @@ from pathlib import Path
 from data_prep.errors import UserError
 from data_prep.files import write_atomic
 from eval.compared_runs import ComparedRun, expand, load_runs
+from eval.comparison_page import format_comparison
 from eval.comparison_report import compare
-from eval.comparison_tables import to_csv, to_markdown
-from eval.html_report import format_comparison
+from eval.comparison_tables import averages_to_csv, to_csv, to_markdown
 from eval.recount import recount
 from eval.report import write_results
 from eval.summary import format_summary
@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rescore", action="store_true", help="run the models again, from the run's stages")
     parser.add_argument("--fill", action="store_true", help="score what is missing, from the run's stages")
     parser.add_argument("--against", metavar="METHOD", help="the method that the others are paired with (inclora)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write comparison.md, .html, .csv and .json there")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write comparison.md, .html, .csv, .json and averages.csv there"
+    )
     options = parser.parse_args(arguments)
     code = 0
     done: list[Path] = []
@@ -84,9 +86,10 @@ def _compare(runs: Sequence[ComparedRun], against: str | None, out: Path | None)
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "comparison.md", report)
         write_atomic(out / "comparison.csv", to_csv(content))
+        write_atomic(out / "averages.csv", averages_to_csv(content))
         write_atomic(out / "comparison.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         write_atomic(out / "comparison.html", format_comparison(content))
-        print(f"written: {out / 'comparison.md'}, .html, .csv, .json")
+        print(f"written: {out / 'comparison.md'}, .html, .csv, .json, averages.csv")
 
 
 if __name__ == "__main__":

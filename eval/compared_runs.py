@@ -9,17 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import yaml
 
 from data_prep.errors import UserError
 from eval.accuracy import cells_for
 from eval.published import backbone_name, order_name
-from eval.run_files import predictions_path, read_object, stage_names
-from eval.scoring import exact_match
+from eval.right_rows import Hits, read_hits, unpack
+from eval.run_files import read_object
 
-Hits = npt.NDArray[np.int8]  # by row: 1 right, 0 wrong
 # Groups of a recipe that name a run beside its method; of training, not how it is dealt to ranks.
 _NAMING = ("method", "adapter", "training", "batching", "data", "engine.precision", "evaluation.split")
 _NEVER = (
@@ -75,24 +72,11 @@ class ComparedRun:
         return [f"{stage}: {', '.join(tasks)}" for stage, tasks in wanted if tasks]
 
     def hits(self, score: str) -> dict[str, Hits] | None:
-        """By task, the rows that are right after the last task, in the order of their ids; None without predictions."""
-        after = stage_names(self.results["order"])[-1]
-        found: dict[str, Hits] = {}
-        for task in self.results["order"]:
-            path = predictions_path(self.folder, after, task)
-            if not path.is_file():
-                return None
-            rows = sorted(map(json.loads, path.read_bytes().split(b"\n")[:-1]), key=lambda row: row["id"])
-            if any(row["option"] is None for row in rows) and score == "label_scoring":
-                return None
-            right = [
-                exact_match(row["prediction"], row["label"])
-                if score == "exact_match"
-                else row["option"] == row["label"]
-                for row in rows
-            ]
-            found[task] = np.array(right, dtype=np.int8)
-        return found
+        """By task, the rows that are right after the last task, from predictions or results.json; None without both."""
+        order = self.results["order"]
+        kept = self.results.get("right_rows", {}).get(score)
+        counts = dict(zip(order, self.results["counts"], strict=True))
+        return read_hits(self.folder, order, score) or unpack(kept, counts)
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:

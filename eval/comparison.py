@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import binomtest, bootstrap, permutation_test
 
-from eval.compared_runs import ComparedRun, Hits
+from eval.compared_runs import ComparedRun
+from eval.right_rows import Hits
 
 RESAMPLES = 2000
 LEVEL = 0.95

@@ -9,7 +9,8 @@ from typing import Any
 
 from eval.compared_runs import ComparedRun
 from eval.comparison import Average, Difference, MeanDifference, Pair, average, mean_difference, paired
-from eval.published import figures_for
+from eval.comparison_grid import absent_runs, mean_matrices, mean_times
+from eval.published import figures_for, other_row_counts, source_legend
 from eval.references import JOINT, PERTASK, transfer_between
 from eval.results import SCORES
 
@@ -28,8 +29,8 @@ SHORT = {"exact_match": "EM", "label_scoring": "LS"}
 def compare(runs: Sequence[ComparedRun], *, against: str | None) -> dict[str, Any]:
     """All numbers, plain.
 
-    `runs`, `averages`, `mean_differences` and `differences` from the method labelled `against`, `missing`, `notes`,
-    `published`.
+    `runs`, `averages`, `mean_differences` and `differences` from the method labelled `against`, `matrices`, `times`,
+    `missing` cells, `absent` runs, `notes`, `published` with `sources` and `unlike_rows`.
     """
     groups: dict[tuple[str, str], list[ComparedRun]] = {}
     for run in sorted(runs, key=lambda run: (run.backbone, run.label, run.order, run.seed)):
@@ -41,9 +42,14 @@ def compare(runs: Sequence[ComparedRun], *, against: str | None) -> dict[str, An
         "against": against,
         "mean_differences": [_mean_row(backbone, label, found) for (backbone, label), found in pairs.items()],
         "differences": [row for (_, label), found in pairs.items() for row in _differences(label, found)],
+        "matrices": mean_matrices(groups),
+        "times": mean_times(groups),
+        "absent": absent_runs(groups),
         "missing": {str(run.folder): run.missing() for run in runs if run.missing()},
         "notes": _unlike(runs),
-        "published": _published(runs),
+        "published": (published := _published(runs)),
+        "sources": source_legend() if published else [],
+        "unlike_rows": _unlike_rows(runs) if published else [],
     }
 
 
@@ -58,6 +64,8 @@ def _average_row(backbone: str, label: str, group: Sequence[ComparedRun]) -> dic
         "orders": sorted(by_order),
         "seeds": sorted({run.seed for run in group}),
         **{score: _plain(average(group, score)) for score in SCORES},
+        MICRO: {score: _over_seeds([run.scalar(FURTHER[MICRO], score) for run in group]) for score in SCORES},
+        MATCHABLE: {score: _over_seeds([_matchable(run, score) for run in group]) for score in SCORES},
         "by_order": {
             order: {score: _over_seeds([run.scalar("average_accuracy", score) for run in found]) for score in SCORES}
             for order, found in sorted(by_order.items())
@@ -94,13 +102,18 @@ def _row(run: ComparedRun, runs: Sequence[ComparedRun]) -> dict[str, Any]:
     for short, key in (SCALARS | FURTHER).items():
         for score in SCORES:
             row[f"{short} {SHORT[score]}"] = run.scalar(key, score)
-    without = run.results.get("without_unmatchable") or run.results
     for score in SCORES:
-        scalars = without if score == "exact_match" else without["label_scoring"]
-        row[f"{MATCHABLE} {SHORT[score]}"] = scalars["average_accuracy"]
+        row[f"{MATCHABLE} {SHORT[score]}"] = _matchable(run, score)
     for score in SCORES:
         row[f"Tr {SHORT[score]}"] = _transfer(run, runs, score)
     return row
+
+
+def _matchable(run: ComparedRun, score: str) -> float | None:
+    """AA over the rows that a label can match."""
+    without = run.results.get("without_unmatchable") or run.results
+    value: float | None = (without if score == "exact_match" else without["label_scoring"])["average_accuracy"]
+    return value
 
 
 def _transfer(run: ComparedRun, runs: Sequence[ComparedRun], score: str) -> float | None:
@@ -176,3 +189,12 @@ def _published(runs: Sequence[ComparedRun]) -> list[dict[str, Any]]:
         for (backbone, order), tasks in places.items()
         for figure in figures_for(backbone, tasks)
     ]
+
+
+def _unlike_rows(runs: Sequence[ComparedRun]) -> list[str]:
+    """Tasks of published orders with other row counts than published."""
+    found: dict[str, None] = {}
+    for run in runs:
+        if figures_for(run.backbone, run.results["order"]):
+            found |= dict.fromkeys(other_row_counts(run.results["rows"], run.results["order"]))
+    return list(found)

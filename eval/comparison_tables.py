@@ -13,6 +13,8 @@ from eval.summary import NOT_MEASURED, number
 from eval.tables import markdown_table
 
 MOST_ORDERS = 6  # columns of the table of averages
+OF_AVERAGE = ("mean", "sd", "low", "high", "runs")
+OF_DIFFERENCE = ("mean", "low", "high", "better", "pairs", "p_value")
 READING = """\
 EM: exact match of free greedy generation, the headline; LS: constrained label scoring; in percent. AA: average
 accuracy after the last task (macro: the mean over tasks); micro AA: over rows; AA matchable: without the rows that no
@@ -36,6 +38,10 @@ def to_markdown(content: Mapping[str, Any]) -> str:
     ]
     if content["differences"]:
         parts += [f"## AA against {content['against']}, run by run", _differences_table(content["differences"])]
+    if content["times"]:
+        parts += ["## Seconds of a run", _times_table(content["times"])]
+    if content["absent"]:
+        parts += ["## Runs that are missing", "\n".join(f"- {line}" for line in content["absent"])]
     if content["missing"]:
         lines = [f"- {folder}: {'; '.join(cells)}" for folder, cells in content["missing"].items()]
         parts += [
@@ -46,7 +52,10 @@ def to_markdown(content: Mapping[str, Any]) -> str:
     if content["notes"]:
         parts += ["## Not like for like", "\n".join(f"- {note}" for note in content["notes"])]
     if content["published"]:
-        parts += ["## Published figures", _published_table(content["published"])]
+        legend = "\n".join(f"- {line}" for line in content["sources"])
+        unlike = [f"**Not like for like**, the data differ: {'; '.join(content['unlike_rows'])}."]
+        parts += ["## Published figures", *(unlike if content["unlike_rows"] else [])]
+        parts += [_published_table(content["published"]), legend]
     return "\n\n".join(parts) + "\n"
 
 
@@ -80,8 +89,9 @@ def average_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]
     orders = sorted({order for found in averages for order in found["orders"]})
     orders = orders if 1 < len(orders) <= MOST_ORDERS else []
     published = any(found["published"] for found in averages)
+    beside = [MICRO, *([MATCHABLE] if any(found[MATCHABLE] != _macro(found) for found in averages) else [])]
     header = ["method", "backbone", "orders", "seeds", *(f"{order}, EM / LS" for order in orders)]
-    header += ["AA EM: mean ± sd over runs [95 %]", "AA LS"]
+    header += ["AA EM: mean ± sd over runs [95 %]", "AA LS", *(f"{name}, EM / LS" for name in beside)]
     header += [f"EM against {against}", f"LS against {against}"] if content["mean_differences"] else []
     header += ["published AA over three orders"] if published else []
     differences = {(row["backbone"], row["method"]): row for row in content["mean_differences"]}
@@ -90,6 +100,7 @@ def average_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]
         line = [found["method"], found["backbone"], str(len(found["orders"])), str(len(found["seeds"]))]
         line += [" / ".join(_mean(found["by_order"].get(order, {}).get(score)) for score in SCORES) for order in orders]
         line += [_mean(found[score]) for score in SCORES]
+        line += [" / ".join(_mean(found[name][score]) for score in SCORES) for name in beside]
         if differences:
             row = differences.get((found["backbone"], found["method"]), {})
             line += [_mean_difference(row.get(score)) for score in SCORES]
@@ -97,6 +108,28 @@ def average_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]
             line.append("; ".join(f"{one['average']:.1f} ({one['source']})" for one in found["published"]))
         lines.append(line)
     return header, lines
+
+
+def _macro(found: Mapping[str, Any]) -> dict[str, Any]:
+    """AA of both scores as `_over_seeds` would give it."""
+    keys = ("mean", "sd", "runs")
+    return {score: found[score] and {key: found[score][key] for key in keys} for score in SCORES}
+
+
+def times_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: a method's mean seconds by part, and their sum."""
+    parts = list(dict.fromkeys(part for row in rows for part in row["seconds"]))
+    header = ["method", "backbone", "runs", *(part.removesuffix("_s") for part in parts), "sum"]
+    lines = []
+    for row in rows:
+        seconds = row["seconds"]
+        line = [row["method"], row["backbone"], str(row["runs"])]
+        lines.append([*line, *(number(seconds.get(part), 1) for part in parts), number(sum(seconds.values()), 1)])
+    return header, lines
+
+
+def _times_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    return markdown_table(*times_table(rows))
 
 
 def _averages_table(content: Mapping[str, Any]) -> str:
@@ -161,8 +194,32 @@ def _published_table(figures: Sequence[Mapping[str, Any]]) -> str:
 
 def to_csv(content: Mapping[str, Any]) -> str:
     """Every run, a line each; what was not measured is empty."""
+    return _csv(content["runs"])
+
+
+def averages_to_csv(content: Mapping[str, Any]) -> str:
+    """Every method on a backbone, a line each: averages, differences from `against`, what is published of it."""
+    differences = {(row["backbone"], row["method"]): row for row in content["mean_differences"]}
+    lines = []
+    for found in content["averages"]:
+        line: dict[str, Any] = {"backbone": found["backbone"], "method": found["method"]}
+        line |= {key: " ".join(map(str, found[key])) for key in ("orders", "seeds")}
+        against = differences.get((found["backbone"], found["method"]), {})
+        for score in SCORES:
+            for name, of in (("AA", found[score]), (MICRO, found[MICRO][score]), (MATCHABLE, found[MATCHABLE][score])):
+                shown = OF_AVERAGE if name == "AA" else OF_AVERAGE[:2]
+                line |= {f"{name} {SHORT[score]} {key}": (of or {}).get(key) for key in shown}
+            compared = against.get(score) or {}
+            line |= {f"difference {SHORT[score]} {key}": compared.get(key) for key in OF_DIFFERENCE}
+        line["against"] = content["against"]
+        line["published"] = "; ".join(f"{one['average']} ({one['source']})" for one in found["published"])
+        lines.append(line)
+    return _csv(lines)
+
+
+def _csv(lines: Sequence[Mapping[str, Any]]) -> str:
     out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(content["runs"][0]), lineterminator="\n")
+    writer = csv.DictWriter(out, fieldnames=list(lines[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(content["runs"])
+    writer.writerows(lines)
     return out.getvalue()

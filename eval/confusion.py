@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def _confusion(path: Path, after: str, task: str) -> Confusion:
     by_label: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_label.setdefault(row["label"], []).append(row)
-    wrong = Counter(_short(row["prediction"]) for row in rows if not exact_match(row["prediction"], row["label"]))
+    wrong = Counter(_short(row) for row in rows if not exact_match(row["prediction"], row["label"]))
     ranked = {row["option"] for row in rows} - {None}
     # A label without a letter (the `-` rows of MNLI) cannot be written.
     columns = sorted(label for label in ranked | by_label.keys() if normalise(label))
@@ -81,7 +81,11 @@ def _label(label: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -
     )
 
 
-def _short(text: str) -> str:
+def _short(row: Mapping[str, Any]) -> str:
+    """What was written; "…" where it would have gone on, or is longer than shown."""
+    text: str = row["prediction"]
+    if row.get("stopped"):
+        return f"{text[:LONGEST_OUTPUT]}…"
     if not text.strip():
         return "(nothing)"
     return text if len(text) <= LONGEST_OUTPUT else f"{text[:LONGEST_OUTPUT]}…"

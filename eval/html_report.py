@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from eval.accuracy import DEFINITIONS
-from eval.charts import Interval, interval_chart
-from eval.comparison_tables import READING, average_table, difference_text, run_columns
 from eval.confusion import Confusion, confusions
+from eval.page import cells_of, page_of
 from eval.published import backbone_name, figures_for, order_name, other_row_counts, source_legend
 from eval.report_charts import (
     drift_chart,
@@ -28,7 +24,7 @@ from eval.report_charts import (
 from eval.results import SCORES, measured
 from eval.run_events import RunEvents, read_events
 from eval.run_files import UNTRAINED, stage_names
-from eval.summary import PERPLEXITY, number, score_title, significant
+from eval.summary import PERPLEXITY, score_title
 
 Results = Mapping[str, Any]
 HEADLINE = ("average_accuracy", "backward_transfer", "learning_accuracy")
@@ -41,7 +37,7 @@ def format_html(run_dir: Path, results: Results) -> str:
     recipe = run_dir / "recipe.yaml"
     cells = confusions(run_dir, order, list(results["unseen"]))
     drift = drift_rows(events, results)
-    page: str = _page("report.html.j2").render(
+    page: str = page_of("report.html.j2").render(
         results=results,
         order=order,
         title=f"{results['method']} on {order_name(order) or 'a custom order'}, seed {results['seed']}",
@@ -74,52 +70,6 @@ def format_html(run_dir: Path, results: Results) -> str:
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
     )
     return page
-
-
-def format_comparison(content: Mapping[str, Any]) -> str:
-    """The page of many runs, from what `comparison_report.compare` gives."""
-    charts = [
-        (title, interval_chart(rows, title=title, x_title=x_title)) for title, rows, x_title in _intervals(content)
-    ]
-    header, averages = average_table(content)
-    page: str = _page("comparison.html.j2").render(
-        content=content,
-        charts=charts,
-        header=header,
-        averages=averages,
-        wide=[name for name in header if name == "backbone" or "against" in name or "published" in name],
-        columns=run_columns(content["runs"]),
-        scores=SCORES,
-        reading=READING,
-        difference_text=difference_text,
-    )
-    return page
-
-
-def _intervals(content: Mapping[str, Any]) -> Iterator[tuple[str, list[Interval], str]]:
-    """Title, rows and what is measured of each chart: averages, then differences, by backbone and score."""
-    for key, what, x_title in (
-        ("averages", "average accuracy", "%, mean and 95 % interval"),
-        ("mean_differences", f"AA against {content['against']}", "points, mean and 95 % interval"),
-    ):
-        for backbone in dict.fromkeys(found["backbone"] for found in content[key]):
-            for score in SCORES:
-                rows = [
-                    Interval(found["method"], one["mean"], one["low"], one["high"])
-                    for found in content[key]
-                    if found["backbone"] == backbone and (one := found[score]) is not None and one["low"] is not None
-                ]
-                yield f"{backbone}: {what}, {score.replace('_', ' ')}", rows, x_title
-
-
-@cache
-def _page(name: str) -> Any:
-    pages = Environment(
-        loader=PackageLoader("eval"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    pages.filters["number"] = number
-    pages.filters["significant"] = significant
-    return pages.get_template(name)
 
 
 def _scalars(results: Results, keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -156,7 +106,7 @@ def _unseen(results: Results) -> list[dict[str, Any]]:
         {
             "task": task,
             "score": score_title(score),
-            "cells": _cells(
+            "cells": cells_of(
                 [found["untrained"][score], *found[score]],
                 [found["intervals"]["untrained"][score], *found["intervals"][score]],
             ),
@@ -172,18 +122,10 @@ def _matrix(results: Results, score: str) -> dict[str, Any]:
     intervals = [results["untrained_intervals"][score], *results["intervals"][score]]
     names = [UNTRAINED, *(f"after {task}" for task in results["order"])]
     found = [
-        (after, name, _cells(*pair))
+        (after, name, cells_of(*pair))
         for after, name, *pair in zip(stage_names(results["order"]), names, rows, intervals, strict=True)
     ]
     return {"title": score_title(score), "score": score, "rows": found}
-
-
-def _cells(values: Sequence[float | None], intervals: Sequence[Sequence[float] | None]) -> list[dict[str, Any]]:
-    """Cells of a heat map: value, interval, shade from 0 to 9."""
-    return [
-        {"value": value, "interval": interval, "shade": None if value is None else shade(value / 100)}
-        for value, interval in zip(values, intervals, strict=True)
-    ]
 
 
 def _spaces(events: RunEvents, tasks: int) -> list[dict[str, Any]]:

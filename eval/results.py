@@ -7,6 +7,7 @@ from typing import Any
 from eval.accuracy import AccuracyMatrix
 from eval.intervals import wilson
 from eval.references import reference_averages, single_task_scores
+from eval.right_rows import pack, read_hits
 from eval.run_files import UNTRAINED, Cell, read_cells, read_retention, read_run, stage_names
 
 SCORES = ("exact_match", "label_scoring")  # the headline first
@@ -36,6 +37,7 @@ def build_results(run_dir: Path) -> dict[str, Any]:
         "untrained_intervals": {score: _intervals(cells, order, [UNTRAINED], score)[0] for score in SCORES},
         **matrices["exact_match"].scalars(counts, _alone(run, "exact_match")),
         "label_scoring": matrices["label_scoring"].scalars(counts, _alone(run, "label_scoring")),
+        "right_rows": {score: pack(read_hits(run_dir, order, score)) for score in SCORES},
         "without_unmatchable": _without_unmatchable(cells, order, counts),
         "unseen": {task: _unseen(cells, order, task) for task in run.get("unseen") or []},
         "retention": {

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from data_prep.orders import ORDERS
 from eval.__main__ import main
 from eval.compared_runs import ComparedRun, expand, load_runs
 from eval.comparison import average, mcnemar, paired, row_interval
+from eval.comparison_page import format_comparison
 from eval.comparison_report import compare
 from eval.comparison_tables import to_markdown
 from eval.published import figures_for
@@ -152,7 +154,9 @@ def test_rows_are_paired_by_their_ids(tmp_path: Path) -> None:
     assert found.high is not None
     assert found.low < 0 < found.high
     (ours / "predictions" / "02-rivers" / "soil.jsonl").unlink()
-    without = paired(first, second, "exact_match")
+    assert paired(first, second, "exact_match") == found, "results.json keeps which rows are right"
+    bare = replace(first, results={key: value for key, value in first.results.items() if key != "right_rows"})
+    without = paired(bare, second, "exact_match")
     assert without is not None
     assert (without.difference, without.low, without.p_value) == (pytest.approx(12.5), None, None)
 
@@ -179,6 +183,10 @@ def test_the_command_compares_and_writes(tmp_path: Path, capsys: pytest.CaptureF
     assert f"- {unfinished}: untrained: soil, rivers; after rivers: soil, rivers" in text
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [run["AA EM"] for run in content["runs"] if run["method"] == "inclora"] == [62.5, 50.0]
+    with (tmp_path / "out" / "averages.csv").open() as file:
+        inclora, _, pegp = csv.DictReader(file)
+    assert (inclora["method"], inclora["AA EM mean"], inclora["AA EM runs"]) == ("inclora", "56.25", "2")
+    assert (pegp["difference EM mean"], pegp["difference EM pairs"], pegp["against"]) == ("37.5", "1", "inclora")
     with (tmp_path / "out" / "comparison.csv").open() as file:
         assert [row["AA EM"] for row in csv.DictReader(file) if row["method"] == "olora"] == [""]
 
@@ -223,3 +231,35 @@ def test_results_without_their_run_are_compared_too(tmp_path: Path, capsys: pyte
     assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert "| pegp | mini-x | soil, rivers | 1 | 62.5 / 100.0 |" in capsys.readouterr().out
     assert (tmp_path / "a" / "results.json").read_bytes() == kept
+
+
+def test_runs_that_other_methods_have_are_named(tmp_path: Path) -> None:
+    for name, method, seed in (("a", "inclora", 1), ("b", "inclora", 2), ("c", "pegp", 2), ("d", "olora", 3)):
+        make_run(tmp_path / name, RIGHT, method=method, seed=seed)
+    content = compare(load_runs(expand([f"{tmp_path}/*"])), against=None)
+    assert content["absent"] == [
+        "inclora on mini-x: soil, rivers, seed 3",
+        "olora on mini-x: soil, rivers, seed 1, 2",
+        "pegp on mini-x: soil, rivers, seed 1, 3",
+    ]
+    assert "## Runs that are missing\n\n- inclora on mini-x: soil, rivers, seed 3\n" in to_markdown(content)
+    whole = compare(load_runs([tmp_path / "a", tmp_path / "b"]), against=None)
+    assert (whole["absent"], "Runs that are missing" in to_markdown(whole)) == ([], False)
+
+
+def test_matrices_and_times_are_means_over_runs(tmp_path: Path) -> None:
+    timings = [{"soil": {"train_s": 3.0}, "rivers": {"train_s": 5.0, "save_s": 1.0}}, {"soil": {"train_s": 4.0}}]
+    for seed, (right, timing) in enumerate(
+        zip((RIGHT, {"soil": [True] * 4, "rivers": [False, False]}), timings, strict=True)
+    ):
+        make_run(tmp_path / str(seed), right, seed=seed, timing=timing)
+    content = compare(load_runs(expand([f"{tmp_path}/*"])), against=None)
+    (matrix,) = content["matrices"]
+    assert matrix["exact_match"] == [[87.5, None], [87.5, 25.0]]
+    assert (matrix["runs"], matrix["tasks"]) == (2, ORDER)
+    assert content["times"][0]["seconds"] == {"train_s": 6.0, "save_s": 0.5}
+    assert "| inclora | mini-x | 2 | 6.0 | 0.5 | 6.5 |" in to_markdown(content)
+    page = format_comparison(content)
+    assert "inclora on mini-x, soil, rivers, mean of 2 runs" in page
+    assert re.search(r'<td class="cell s8">87.5</td>', page)
+    assert page.count("<svg") == 4, "two intervals of AA, no differences, tasks after the last, AA so far"

@@ -12,15 +12,18 @@ import pytest
 from comparison_runs import RIGHT, make_run
 from hypothesis import given
 from hypothesis import strategies as st
+from markupsafe import escape
 from scipy.stats import ttest_1samp
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
 from eval.compared_runs import ComparedRun, load_runs
 from eval.comparison import Difference, average, mcnemar, mean_difference, paired, row_interval, sign_flips
+from eval.comparison_page import format_comparison
 from eval.comparison_report import compare
 from eval.comparison_tables import to_csv, to_markdown
 from eval.intervals import wilson
+from eval.published import source_legend
 
 MANY = 10**7  # rows: their own draws change nothing
 
@@ -162,6 +165,12 @@ def test_one_table_holds_orders_averages_differences_and_what_is_published(tmp_p
     assert "], better in 4 of 4, p = 0.125 |" in second
     assert content["averages"][0]["by_order"]["order1"]["exact_match"]["runs"] == 2
     assert "micro AA EM" in to_csv(content)
+    published = text.partition("## Published figures")[2]
+    assert "**Not like for like**, the data differ: dbpedia (9/3 rows, published " in published
+    assert all(f"- {line}" in published for line in source_legend())
+    page = format_comparison(content)
+    assert "the data differ: dbpedia (9/3 rows, published " in page
+    assert str(escape(source_legend()[0])) in page
 
 
 def rename_tasks(folder: Path, order: list[str], right: list[bool]) -> None:
@@ -179,6 +188,8 @@ def rename_tasks(folder: Path, order: list[str], right: list[bool]) -> None:
     results["matrix"] = {"exact_match": matrix, "label_scoring": matrix}
     results["untrained"] = {"exact_match": [0.0] * 4, "label_scoring": [0.0] * 4}
     results["data_fingerprints"] = dict.fromkeys(order)
+    results["rows"] = {task: {"train": 9, "evaluation": len(right), "unmatchable": 0} for task in order}
+    del results["right_rows"]
     (folder / "results.json").write_text(json.dumps(results))
 
 

@@ -41,3 +41,13 @@ def test_the_ten_most_frequent_wrong_outputs_are_kept(tmp_path: Path) -> None:
     assert len(first.wrong) == MOST_WRONG
     assert first.labels[0].options_right is None
     assert len(second.wrong[0][0]) < 100
+
+
+def test_outputs_that_were_stopped_are_told_from_whole_ones(tmp_path: Path) -> None:
+    rows = [("mud", True), ("mud", False), ("", True), ("", False)]
+    lines = [{"label": "Clay", "prediction": text, "option": None, "stopped": stopped} for text, stopped in rows]
+    path = tmp_path / "predictions" / "untrained" / "soil.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (found,) = confusions(tmp_path, ["soil"])
+    assert found.wrong == [("mud…", 1), ("mud", 1), ("…", 1), ("(nothing)", 1)]

@@ -107,6 +107,15 @@ def test_a_cell_leads_to_what_was_written_in_it(run_dir: Path) -> None:
     assert "<b>Sand</b>212 1 1 Clay212 1 1" in text, "rows, right by both scores, written by label and not a label"
 
 
+def test_rows_of_tasks_that_are_never_trained_are_told_of(run_dir: Path) -> None:
+    run = json.loads((run_dir / "run.json").read_text())
+    run["data"]["peat"] = run["data"]["soil"] | {"train_rows": 0, "truncated_train": 0, "truncated_evaluation": 3}
+    (run_dir / "run.json").write_text(json.dumps(run | {"unseen": ["peat"]}))
+    assert main([str(run_dir)]) == 0
+    text = " ".join(parsed(run_dir / "report.html").text.split())
+    assert "peat (never trained)00430train" in text, "train, truncated; scored, truncated; unmatchable"
+
+
 def test_untrained_and_unmatchable_rows_are_told_of(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "cells")
     shutil.copytree(run_dir / "predictions" / "01-soil", run_dir / "predictions" / "untrained")
