@@ -222,6 +222,15 @@ def test_runs_unlike_each_other_are_told(tmp_path: Path, capsys: pytest.CaptureF
     assert f"- {tmp_path}/b and {tmp_path}/a differ in steps: not like for like" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("joint", "alike"), [(118, True), (100, False)])
+def test_joint_training_has_the_steps_of_all_tasks(tmp_path: Path, *, joint: int, alike: bool) -> None:
+    steps = {"a": {"soil": 60, "rivers": 60}, "b": {"rivers": joint}}
+    for (name, of), method in zip(steps.items(), ("inclora", "mtl"), strict=True):
+        settings = {"split": "test", "steps": of, "joint": method == "mtl"}
+        make_run(tmp_path / name, RIGHT, method=method, settings=settings)
+    assert (compare(load_runs(expand([f"{tmp_path}/*"])), against=None)["notes"] == []) == alike
+
+
 def test_results_without_their_run_are_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, method in (("a", "inclora"), ("b", "pegp")):
         folder = make_run(tmp_path / name, RIGHT, method=method)

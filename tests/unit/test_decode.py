@@ -137,13 +137,16 @@ def test_a_mini_model_matches_as_generate_does(family: str, model_dir: Path) -> 
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         tokenizer = LlamaTokenizer.from_pretrained(folder)
     texts = full_texts(model, tokenizer, family)
+    prepared = copy.deepcopy(model).requires_grad_(False)
+    prepare_for_scoring(prepared)
     for labels in (
         ["science", "science or technology"],
         [texts[0], f"{texts[0]} or technology", f"{texts[1]}...", texts[2][:-1]],
         [f"{text}!" for text in texts],
         [text[: len(text) // 2] for text in texts],
     ):
-        check_matches(run(model, tokenizer, family, labels), texts, labels)
+        for scored in (model, prepared):
+            check_matches(run(scored, tokenizer, family, labels), texts, labels)
 
 
 class Script:
