@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,9 @@ from page_runs import make_run
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 
+from data_prep.orders import ORDERS
 from eval.__main__ import main
+from eval.run_files import stage_names
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -21,6 +24,7 @@ QUIET = (
     "--disable-component-update --disable-sync"
 )
 WIDTHS = {"desk": 1280, "phone": 390}
+PAPER = 1046  # A4 across, 297 mm, without margins of 10 mm, at 96 pixels an inch
 # Of each chart: whether it is shown, how many of its lines or marks have an extent, its words, its text's colour.
 CHARTS = """
 return [...document.querySelectorAll(".chart svg")].map(chart => {
@@ -72,7 +76,27 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     runs = [make_run(folder / "one"), make_run(folder / "other", method="inclora")]
     assert main([*map(str, runs), "--out", str(folder / "compared")]) == 0
-    return {"report": runs[0] / "report.html", "comparison": folder / "compared" / "comparison.html"}
+    fifteen = make_run(folder / "fifteen")
+    lengthen(fifteen, ORDERS["order4"])
+    return {
+        "report": runs[0] / "report.html",
+        "fifteen": fifteen / "report.html",
+        "comparison": folder / "compared" / "comparison.html",
+    }
+
+
+def lengthen(run_dir: Path, order: tuple[str, ...]) -> None:
+    """Let the run be one of these tasks, each scored after its own training and after the last."""
+    run = json.loads((run_dir / "run.json").read_text())
+    run |= {"order": list(order), "data": dict.fromkeys(order, run["data"]["soil"])}
+    (run_dir / "run.json").write_text(json.dumps(run))
+    written = (run_dir / "predictions" / "01-soil" / "soil.jsonl").read_text()
+    for after, own in zip(stage_names(order)[1:], order, strict=True):
+        for task in order if own == order[-1] else [own]:
+            path = run_dir / "predictions" / after / f"{task}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(written)
+    assert main([str(run_dir)]) == 0
 
 
 def show(browser: Chrome, page: Path, *, width: int = 1280, scheme: str = "light", media: str = "screen") -> None:
@@ -87,7 +111,7 @@ def show(browser: Chrome, page: Path, *, width: int = 1280, scheme: str = "light
 
 
 @pytest.mark.parametrize("place", WIDTHS)
-@pytest.mark.parametrize("name", ["report", "comparison"])
+@pytest.mark.parametrize("name", ["report", "fifteen", "comparison"])
 def test_a_page_loads_and_its_charts_have_content(
     browser: Chrome, pages: dict[str, Path], name: str, place: str
 ) -> None:
@@ -96,7 +120,7 @@ def test_a_page_loads_and_its_charts_have_content(
     assert browser.execute_script("return innerWidth") == WIDTHS[place]
     assert browser.execute_script("return document.documentElement.scrollWidth") <= WIDTHS[place], "no sideways scroll"
     charts: list[dict[str, Any]] = browser.execute_script(CHARTS)
-    assert len(charts) >= {"report": 6, "comparison": 2}[name]
+    assert len(charts) >= {"report": 6, "fifteen": 5, "comparison": 4}[name]
     for chart in charts:
         assert chart["width"] > 300, chart
         assert chart["height"] > 80, chart
@@ -114,6 +138,19 @@ def test_charts_take_the_colours_of_the_scheme(browser: Chrome, pages: dict[str,
     assert (page["paper"] == "rgb(255, 255, 255)") == (scheme == "light")
     for chart in browser.execute_script(CHARTS):
         assert set(chart["colours"]) <= {page["ink"], page["faint"]}, chart["title"]
+
+
+@pytest.mark.parametrize(("media", "width"), [("screen", WIDTHS["desk"]), ("print", PAPER)])
+def test_the_matrix_of_fifteen_tasks_is_seen_whole(
+    browser: Chrome, pages: dict[str, Path], media: str, width: int
+) -> None:
+    show(browser, pages["fifteen"], width=width, media=media)
+    ends = "return [...document.querySelectorAll('#matrix table')].map(t => t.getBoundingClientRect().right)"
+    found: list[float] = browser.execute_script(ends)
+    assert len(found) == 3, "two scores and their summary"
+    assert max(found) <= width - (0 if media == "print" else 24), found
+    if media == "print":
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width, "nothing is cut"
 
 
 def test_on_paper_a_dark_screen_prints_in_light(browser: Chrome, pages: dict[str, Path]) -> None:

@@ -77,7 +77,7 @@ def test_the_page_says_what_the_results_say(run_dir: Path) -> None:
     assert results["average_accuracy"] == 50.0
     assert "Average accuracy (AA)50.0label scoring 100.0" in text
     assert "2.5e-08" in text
-    assert "50.015.0 to 85.0" in text.replace(" 50.0", "50.0"), "each cell with its interval"
+    assert "50.015.0\u201385.0" in text.replace(" 50.0", "50.0"), "each cell with its interval"
     for words in ("<script>alert('x')</script> 1", "(nothing) 1", "# <recipe>", "5", "2 (empty label)"):
         assert words in text
     assert "encoder.block.0.q.U" in text
@@ -129,7 +129,7 @@ def test_untrained_and_unmatchable_rows_are_told_of(run_dir: Path) -> None:
     assert results["without_unmatchable"]["counts"] == [2, 4]
     assert results["untrained_intervals"]["exact_match"] == [pytest.approx([4.6, 69.9], abs=0.1), None]
     text = " ".join(parsed(run_dir / "report.html").text.split())
-    assert "untrained 25.04.6 to 69.9 -" in text
+    assert "untrained 25.04.6\u201369.9 -" in text
     assert "exact match, matchable rows" in text
 
 
