@@ -126,10 +126,14 @@ def _measure(
         found = compare(title, scoring.ours, theirs, pairs=options.pairs, goal=goal)
         ratios.append(found.ratio)
         report.add(found)
-        peaks = {
-            f"{side}: peak MiB above the weights": round(gorp_costs.peak_bytes(partial(work, 0)) / 2**20, 1)
-            for side, work in (("ours", scoring.ours), ("the baseline", theirs))
-        }
+        peaks = (
+            {}
+            if options.no_peaks
+            else {
+                f"{side}: peak MiB above the weights": round(gorp_costs.peak_bytes(partial(work, 0)) / 2**20, 1)
+                for side, work in (("ours", scoring.ours), ("the baseline", theirs))
+            }
+        )
         speeds = {
             f"{side}: rows a second": round(1000 * len(scoring.examples) / ms, 1)
             for side, ms in (("ours", found.first_ms), ("the baseline", found.second_ms))
@@ -176,6 +180,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=200, help="of each task")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--no-peaks", action="store_true", help="leave peak memory out, which takes longer than a pair")
     parser.add_argument("--json", type=writable, metavar="OUT")
     options = parser.parse_args()
     torch.set_num_threads(1)
