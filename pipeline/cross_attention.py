@@ -33,7 +33,9 @@ class DirectCrossAttention(T5Attention):
         cached = getattr(others.get("past_key_values"), "is_updated", {}).get(self.layer_idx)
         # A query costs its head a product with [c, d] for keys and for values, a prompt token one c-th of that.
         few = 2 * hidden_states.shape[1] <= self.key_value_proj_dim
-        return few and not cached and torch.is_inference_mode_enabled() and _plain(self.k) and _plain(self.v)
+        mask = others.get("mask")  # additive where another attention than torch's is in use
+        plain = _plain(self.k) and _plain(self.v) and (mask is None or mask.dtype == torch.bool)
+        return few and not cached and plain and torch.is_inference_mode_enabled()
 
     def _read(self, x: Tensor, encoded: Tensor, mask: Tensor | None) -> Tensor:
         rows, queries, _ = x.shape

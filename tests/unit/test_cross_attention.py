@@ -99,6 +99,7 @@ def test_outside_of_scoring_and_beside_what_watches_or_adds_it_is_the_attention_
             setattr(direct, name, nn.Sequential(layer))  # as an adapter's or a packed layer: what it does is its own
             assert torch.equal(_asked(direct), expected)
             setattr(direct, name, layer)
+        assert torch.equal(_asked(direct, mask=torch.zeros(2, 1, 1, 6, dtype=torch.float64)), expected), "to be added"
         assert not reads
         assert_close(_asked(direct), expected, rtol=1e-9, atol=1e-9)
     assert reads == [1]
