@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from eval.encoding import encode, padded, read_mask
+
 
 class PromptState(Protocol):
     """A batch of prompts that a model has read: its caches, and the logits of the next token."""
@@ -36,20 +38,6 @@ class PromptState(Protocol):
         ...
 
 
-def _padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts padded on the right, `(b, s)`, and their lengths, `(b,)`."""
-    longest = max(len(prompt) for prompt in prompts)
-    rows = [[*prompt, *[pad_id] * (longest - len(prompt))] for prompt in prompts]
-    lengths = [len(prompt) for prompt in prompts]
-    return torch.tensor(rows, device=device), torch.tensor(lengths, device=device)
-
-
-def _read_mask(lengths: Tensor, longest: int) -> Tensor | None:
-    """1 on prompt tokens and 0 on padding, `(b, s)`; None without padding, so that no mask is applied."""
-    mask = (torch.arange(longest, device=lengths.device) < lengths[:, None]).long()
-    return None if bool(mask.all()) else mask
-
-
 def _hidden(visible: Tensor, past: int) -> Tensor:
     """True where a packed position must not look, `(1, 1, q, past + q)`: among its fellows, never before."""
     return torch.cat([visible.new_zeros(len(visible), past), ~visible], dim=1)[None, None]
@@ -59,14 +47,14 @@ class T5State:
     """Prompts read by a T5: the encoder has run once, and each step reads its output, or keys and values made of it."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
-        weight = model.get_input_embeddings().weight
-        input_ids, lengths = _padded(prompts, pad_id, weight.device)
+        device = model.get_input_embeddings().weight.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.model = model
-        self.mask = _read_mask(lengths, input_ids.shape[1])
-        start = input_ids.new_full((len(prompts), 1), model.config.decoder_start_token_id)
-        read = model(input_ids=input_ids, attention_mask=self.mask, decoder_input_ids=start, use_cache=True)
-        self.encoded, self.cache = read.encoder_last_hidden_state, read.past_key_values
-        self.logits: Tensor = read.logits[:, -1]
+        self.mask = read_mask(lengths, int(lengths.max()))
+        self.encoded = encode(model.encoder, prompts, pad_id)
+        self.cache: Any = None
+        start = lengths.new_full((len(prompts),), model.config.decoder_start_token_id)
+        self.logits: Tensor = self.step(start)
 
     def _decode(self, tokens: Tensor, decoder_mask: Tensor | None = None) -> Tensor:
         output = self.model(
@@ -77,6 +65,7 @@ class T5State:
             past_key_values=self.cache,
             use_cache=True,
         )
+        self.cache = output.past_key_values
         logits: Tensor = output.logits
         return logits
 
@@ -144,9 +133,9 @@ class LlamaState:
         """`shared`: what each of the prompts begins with."""
         weight = model.get_input_embeddings().weight
         known = 0 if shared is None else len(shared.ids)
-        input_ids, self.lengths = _padded([prompt[known:] for prompt in prompts], pad_id, weight.device)
+        input_ids, self.lengths = padded([prompt[known:] for prompt in prompts], pad_id, weight.device)
         self.model = model
-        self.mask = _read_mask(self.lengths, input_ids.shape[1])
+        self.mask = read_mask(self.lengths, input_ids.shape[1])
         cache = None if shared is None else shared.cache(len(prompts))
         read = model.model(input_ids=input_ids, past_key_values=cache, use_cache=True)
         self.cache = read.past_key_values

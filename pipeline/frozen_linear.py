@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,10 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., d_in] -> [..., d_out]
         """`W x`."""
-        if not _by_onednn(x, self.weight):
+        if not by_onednn(x, self.weight):
             return F.linear(x, self.weight)
         if not torch.is_grad_enabled():
-            return _onednn(x, self.weight)
+            return onednn(x, self.weight)
         product: Tensor = _Product.apply(x, self.weight)  # type: ignore[no-untyped-call]
         return product
 
@@ -36,7 +36,8 @@ def speed_up_frozen(model: nn.Module) -> None:
             layer.__class__ = FrozenLinear
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+def by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether `W x` of a frozen layer is to be oneDNN's product."""
     return (
         x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -47,20 +48,27 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def onednn(x: Tensor, weight: Tensor, then: Literal["none", "relu"] = "none") -> Tensor:
+    """oneDNN's `x W^T`, written through a ReLU if told so."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, then, [], "")
+    return product
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether its output is its weight's product and nothing else, and nobody watches."""
+    watched = layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) in (nn.Linear, FrozenLinear) and getattr(layer, "bias", None) is None and not watched
+
+
 class _Product(torch.autograd.Function):
     """`x W^T`; W gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return _onednn(x, weight)
+        return onednn(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (weight,) = ctx.saved_tensors
-        return _onednn(gradients[0], weight.mT), None
-
-
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return product
+        return onednn(gradients[0], weight.mT), None

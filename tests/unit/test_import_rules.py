@@ -19,6 +19,7 @@ TRANSFORMERS = {
     "pipeline/export_merged.py",
     "pipeline/export_peft.py",
     "pipeline/models.py",
+    "pipeline/t5_layers.py",
     "pipeline/tiny.py",
     "pipeline/workload.py",
     "data_prep/batches.py",
