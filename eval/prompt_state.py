@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
 
 from eval.encoding import encode, padded, read_mask
 
@@ -52,7 +53,8 @@ class T5State:
         self.model = model
         self.mask = read_mask(lengths, int(lengths.max()))
         self.encoded = encode(model.encoder, prompts, pad_id)
-        self.cache: Any = None
+        # Not left to the model, which copies its configuration for each.
+        self.cache: Any = EncoderDecoderCache(DynamicCache(), DynamicCache())
         start = lengths.new_full((len(prompts),), model.config.decoder_start_token_id)
         self.logits: Tensor = self.step(start)
 
@@ -65,7 +67,6 @@ class T5State:
             past_key_values=self.cache,
             use_cache=True,
         )
-        self.cache = output.past_key_values
         logits: Tensor = output.logits
         return logits
 
