@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from data_prep.batches import Example
+from eval.encoding import encoder_of
 from eval.generation import TextFollower, end_ids, generate_greedily
 from eval.label_scoring import score_options
 from eval.prompt_state import LlamaState, PromptState, SharedPrefix, T5State, common_prefix
@@ -89,7 +90,7 @@ def _reader(
 ) -> Callable[[Any, Sequence[Sequence[int]], int], PromptState]:
     """How a batch of the prompts is read: by a decoder-only model, from where they begin to differ."""
     if family == "t5":
-        return T5State
+        return partial(T5State, encoder=encoder_of(model))
     ids = common_prefix(prompts) if len(prompts) > 1 else ()
     return partial(LlamaState, shared=SharedPrefix(model, ids)) if len(ids) >= FEWEST_SHARED else LlamaState
 

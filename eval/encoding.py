@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from eval.quick_encoder import quick_encoder
 
 TOKENS_AT_ONCE = 1536  # on a CPU: more do not stay in its cache, fewer cost more in calls
 
@@ -28,22 +29,32 @@ def read_mask(lengths: Tensor, longest: int) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
-def encode(encoder: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> Tensor:
-    """What T5's encoder says to b prompts, the longest of s tokens: `(b, v + s, d)`, v virtual tokens first.
+Encoder = Callable[[Tensor, Tensor | None], Tensor]  # tokens (b, s), mask (b, s) -> (b, v + s, d)
+
+
+def encoder_of(model: Any) -> Encoder:
+    """How a T5 reads tokens `(b, s)` of which a mask `(b, s)` shows some: `(b, v + s, d)`, v virtual tokens first."""
+
+    def read(input_ids: Tensor, mask: Tensor | None) -> Tensor:
+        encoded: Tensor = model.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        return encoded
+
+    return quick_encoder(model.encoder) or read
+
+
+def encode(encoder: Encoder, prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Tensor:
+    """What a T5's encoder says to b prompts, the longest of s tokens: `(b, v + s, d)`.
 
     Rows are read in their order, so that those of like length should stand together. What stands after a prompt's
     end is any number and, where its rows were read apart from the longest's, zero.
     """
-    device = encoder.get_input_embeddings().weight.device
     longest = max(map(len, prompts))
     parts: list[Tensor] = []
-    with _one_bias(encoder, longest):
-        for some in _parts(prompts, device):
-            input_ids, lengths = padded(some, pad_id, device)
-            read = encoder(input_ids=input_ids, attention_mask=read_mask(lengths, input_ids.shape[1]))
-            missing = longest - input_ids.shape[1]
-            encoded = read.last_hidden_state
-            parts.append(torch.nn.functional.pad(encoded, (0, 0, 0, missing)) if missing else encoded)
+    for some in _parts(prompts, device):
+        input_ids, lengths = padded(some, pad_id, device)
+        encoded = encoder(input_ids, read_mask(lengths, input_ids.shape[1]))
+        missing = longest - input_ids.shape[1]
+        parts.append(torch.nn.functional.pad(encoded, (0, 0, 0, missing)) if missing else encoded)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -55,23 +66,3 @@ def _parts(prompts: Sequence[Sequence[int]], device: torch.device) -> Iterator[S
         if end == len(prompts) or (device.type == "cpu" and tokens > TOKENS_AT_ONCE):
             yield prompts[begin:end]
             begin = end
-
-
-@contextmanager
-def _one_bias(encoder: Any, longest: int) -> Iterator[None]:
-    """Inside, the encoder's position bias is made once for `longest` tokens: that of fewer is its upper left corner."""
-    attention = encoder.block[0].layer[0].SelfAttention
-    compute = attention.compute_bias
-    whole: Tensor = compute(longest, longest).contiguous()  # (1, heads, s, s)
-
-    def corner(queries: int, keys: int, **others: Any) -> Tensor:
-        if max(queries, keys) > longest or others.get("past_seen_tokens"):  # virtual tokens stand before the prompt
-            other: Tensor = compute(queries, keys, **others)
-            return other
-        return whole[:, :, :queries, :keys]
-
-    attention.compute_bias = corner
-    try:
-        yield
-    finally:
-        del attention.compute_bias

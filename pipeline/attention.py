@@ -89,41 +89,20 @@ def _attend_with_shared_mask(
     **others: Any,
 ) -> Any:
     hides = attention_mask if attention_mask is not None and attention_mask.dtype == torch.bool else None
-    shared = hides is not None or (attention_mask is None and not module.is_causal)
-    if shared and position_bias is not None and not position_bias.requires_grad:
-        spare = _spare_keys(query, key)
-        attention_mask, position_bias = _together(hides, position_bias, spare), None
-        if spare:
-            key, value = (
-                nn.functional.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, spare)).transpose(1, 2) for x in (key, value)
-            )
+    if hides is not None and position_bias is not None and not position_bias.requires_grad:
+        attention_mask, position_bias = _together(hides, position_bias), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, position_bias=position_bias, **others)
 
 
-def _spare_keys(query: Tensor, key: Tensor) -> int:
-    """How many keys that nobody sees are worth adding, in scoring on a CPU.
+def _together(mask: Tensor, bias: Tensor) -> Tensor:
+    """Bias where the mask is, elsewhere the least number, as transformers has it; made once for these two tensors.
 
-    torch's attention takes the weights that fill no vector of the processor's one by one: of 127 keys fifteen, which
-    cost a third of the time of 128. To add keys is to copy them, and worth it where many are left over.
-    """
-    keys, wide = key.shape[2], 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1
-    many = query.shape[2] >= wide and keys % wide > wide / 2
-    plain = query.is_cpu and query.dtype == torch.float32 and torch.is_inference_mode_enabled()
-    return -keys % wide if many and plain else 0
-
-
-def _together(mask: Tensor | None, bias: Tensor, spare: int) -> Tensor:
-    """Bias where the mask is, elsewhere and of spare keys the least number, as transformers has it.
-
-    Made once for these two tensors, and kept with the bias, so for one forward. The least number plus a bias is the
-    least number again in float32 and bfloat16, and a sum over contiguous tensors takes a sixth of the time of choosing
-    between them.
+    Kept with the bias, and so for one forward. The least number plus a bias is the least number again in float32 and
+    bfloat16, and a sum over contiguous tensors takes a sixth of the time of choosing between them.
     """
     kept: Any = bias
-    if not hasattr(kept, "masked") or kept.masked[0] is not mask:
-        least, summed = torch.finfo(bias.dtype).min, bias.contiguous()
-        if mask is not None:
-            summed = summed + torch.where(mask, bias.new_zeros(()), bias.new_full((), least))
-        kept.masked = mask, nn.functional.pad(summed, (0, spare), value=least) if spare else summed
-    found: Tensor = kept.masked[1]
-    return found
+    if getattr(kept, "masked", (None, None))[0] is not mask:
+        hides = torch.where(mask, bias.new_zeros(()), bias.new_full((), torch.finfo(bias.dtype).min))
+        kept.masked = mask, bias.contiguous() + hides
+    summed: Tensor = kept.masked[1]
+    return summed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,14 @@ class FrozenLinear(nn.Linear):
     Both sum in float32: results agree up to rounding. Elsewhere it is `nn.Linear`.
     """
 
+    is_product: ClassVar[bool] = True  # so that scoring knows it for a linear layer as any
+
     def forward(self, x: Tensor) -> Tensor:  # [..., d_in] -> [..., d_out]
         """`W x`."""
-        if not by_onednn(x, self.weight):
+        if not _by_onednn(x, self.weight):
             return F.linear(x, self.weight)
         if not torch.is_grad_enabled():
-            return onednn(x, self.weight)
+            return _onednn(x, self.weight)
         product: Tensor = _Product.apply(x, self.weight)  # type: ignore[no-untyped-call]
         return product
 
@@ -36,8 +38,7 @@ def speed_up_frozen(model: nn.Module) -> None:
             layer.__class__ = FrozenLinear
 
 
-def by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether `W x` of a frozen layer is to be oneDNN's product."""
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -48,9 +49,8 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def onednn(x: Tensor, weight: Tensor, then: Literal["none", "relu"] = "none") -> Tensor:
-    """oneDNN's `x W^T`, written through a ReLU if told so."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, then, [], "")
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return product
 
 
@@ -66,9 +66,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return onednn(x, weight)
+        return _onednn(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (weight,) = ctx.saved_tensors
-        return onednn(gradients[0], weight.mT), None
+        return _onednn(gradients[0], weight.mT), None

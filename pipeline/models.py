@@ -30,7 +30,6 @@ from pipeline.attention import share_masks
 from pipeline.cross_attention import read_directly
 from pipeline.frozen_linear import speed_up_frozen
 from pipeline.layers import HEAD
-from pipeline.t5_layers import speed_up_t5
 
 Quantization = Literal["nf4", "int8"]
 CPU = torch.device("cpu")
@@ -193,11 +192,10 @@ def prepare_for_training(model: nn.Module, *, gradient_checkpointing: bool) -> N
 
 
 def prepare_for_scoring(model: nn.Module) -> None:
-    """Switch to evaluation mode, with the faster products and masks that training has, and T5's of scoring alone."""
+    """Switch to evaluation mode, with the faster products and masks that training has, and T5's direct reading."""
     model.eval()
     _speed_up(model)
     read_directly(model)
-    speed_up_t5(model)
 
 
 def _speed_up(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""T5's encoder over prompts some at a time: what it says to each alone, read in runs that fit, its bias made once."""
+"""T5's encoder over prompts some at a time: what it says to each alone, read in runs that fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from random_models import random_model
 from torch.testing import assert_close
 
 from eval import encoding
-from eval.encoding import TOKENS_AT_ONCE, encode
+from eval.encoding import encode, encoder_of
 from pipeline.adapters.base import Trained
 from pipeline.adapters.prompt import PromptKind
 
@@ -23,13 +23,13 @@ CPU = torch.device("cpu")
 
 
 @cache
-def encoder(virtual: int) -> Any:
-    """The random T5's encoder in float64, so that rounding hides nothing, with so many virtual tokens before it."""
-    model = copy.deepcopy(random_model("t5")).double().eval()
+def model(virtual: int) -> Any:
+    """The random T5 in float64, so that rounding hides nothing, with so many virtual tokens before its prompts."""
+    t5 = copy.deepcopy(random_model("t5")).double().eval()
     if virtual:
-        prompt = torch.randn(virtual, model.config.d_model, generator=torch.Generator().manual_seed(3))
-        PromptKind(virtual).attach(model, {"prompt": Trained(prompt)})
-    return model.encoder
+        prompt = torch.randn(virtual, t5.config.d_model, generator=torch.Generator().manual_seed(3))
+        PromptKind(virtual).attach(t5, {"prompt": Trained(prompt)})
+    return t5
 
 
 def prompts_of(lengths: list[int]) -> list[list[int]]:
@@ -40,13 +40,13 @@ def prompts_of(lengths: list[int]) -> list[list[int]]:
 @settings(deadline=None)
 @given(lengths, st.integers(1, 60), st.sampled_from([0, 3]))
 def test_each_prompt_is_read_as_if_alone(lengths: list[int], at_once: int, virtual: int) -> None:
-    prompts, t5 = prompts_of(lengths), encoder(virtual)
+    prompts, t5 = prompts_of(lengths), model(virtual)
     with pytest.MonkeyPatch.context() as patched, torch.inference_mode():
         patched.setattr(encoding, "TOKENS_AT_ONCE", at_once)
-        found = encode(t5, prompts, pad_id=0)
+        found = encode(encoder_of(t5), prompts, 0, CPU)
         assert found.shape == (len(prompts), virtual + max(lengths), t5.config.d_model)
         for row, prompt in zip(found, prompts, strict=True):
-            alone = t5(input_ids=torch.tensor([prompt])).last_hidden_state[0]
+            alone = t5.encoder(input_ids=torch.tensor([prompt])).last_hidden_state[0]
             assert_close(row[: virtual + len(prompt)], alone, rtol=1e-9, atol=1e-9)
 
 
@@ -63,24 +63,3 @@ def test_runs_keep_the_order_and_are_as_long_as_may_be(lengths: list[int], at_on
         assert len(part) == 1 or len(part) * max(map(len, part)) <= at_once
         longer = [*part, *after[:1]]
         assert not after or len(longer) * max(map(len, longer)) > at_once
-
-
-def test_the_bias_of_all_lengths_is_made_once_and_the_encoder_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    t5 = encoder(0)
-    attention = t5.block[0].layer[0].SelfAttention
-    made: list[tuple[int, int]] = []
-    compute = type(attention).compute_bias
-
-    def counted(self: Any, queries: int, keys: int, *rest: Any, **others: Any) -> torch.Tensor:
-        made.append((queries, keys))
-        bias: torch.Tensor = compute(self, queries, keys, *rest, **others)
-        return bias
-
-    monkeypatch.setattr(type(attention), "compute_bias", counted)
-    long = TOKENS_AT_ONCE // 2 + 1  # one at a time
-    with torch.inference_mode():
-        encode(t5, prompts_of([long, long, 5]), pad_id=0)
-        assert made == [(long, long)]
-        with pytest.raises(IndexError):
-            encode(t5, [[3, 4], [10**6]], pad_id=0)
-    assert "compute_bias" not in vars(attention)

@@ -26,13 +26,13 @@ def layers() -> tuple[nn.Linear, FrozenLinear]:
 def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes that oneDNN was given."""
     seen: list[tuple[int, ...]] = []
-    onednn = frozen_linear.onednn
+    onednn = frozen_linear._onednn
 
     def spy(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         seen.append(tuple(x.shape))
         return onednn(x, weight)
 
-    monkeypatch.setattr(frozen_linear, "onednn", spy)
+    monkeypatch.setattr(frozen_linear, "_onednn", spy)
     return seen
 
 

@@ -19,12 +19,12 @@ TRANSFORMERS = {
     "pipeline/export_merged.py",
     "pipeline/export_peft.py",
     "pipeline/models.py",
-    "pipeline/t5_layers.py",
     "pipeline/tiny.py",
     "pipeline/workload.py",
     "data_prep/batches.py",
     "eval/decode.py",
     "eval/prompt_state.py",
+    "eval/quick_encoder.py",
 }
 
 
