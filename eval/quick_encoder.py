@@ -42,7 +42,8 @@ class QuickEncoder:
     """A T5 encoder's function, of the weights that it has when this is made; in evaluation mode, without gradients.
 
     Products are oneDNN's, of weights laid out once, and hold queries, keys and values in one; the ReLU is written with
-    its product, sums in place. Equal to transformers' encoder up to rounding.
+    its product, sums in place. Equal to transformers' encoder up to rounding. While it lives, the products' weights
+    are there twice.
     """
 
     def __init__(self, encoder: Any) -> None:
