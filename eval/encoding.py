@@ -32,14 +32,19 @@ def read_mask(lengths: Tensor, longest: int) -> Tensor | None:
 Encoder = Callable[[Tensor, Tensor | None], Tensor]  # tokens (b, s), mask (b, s) -> (b, v + s, d)
 
 
-def encoder_of(model: Any) -> Encoder:
-    """How a T5 reads tokens `(b, s)` of which a mask `(b, s)` shows some: `(b, v + s, d)`, v virtual tokens first."""
+def own_encoder(model: Any) -> Encoder:
+    """The T5's forward with all that is attached to it; v are virtual tokens of its own, which come first."""
 
     def read(input_ids: Tensor, mask: Tensor | None) -> Tensor:
         encoded: Tensor = model.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
         return encoded
 
-    return quick_encoder(model.encoder) or read
+    return read
+
+
+def encoder_of(model: Any) -> Encoder:
+    """The quickest way in which a T5 reads tokens here."""
+    return quick_encoder(model.encoder) or own_encoder(model)
 
 
 def encode(encoder: Encoder, prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Tensor:

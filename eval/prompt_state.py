@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
-from eval.encoding import Encoder, encode, padded, read_mask
+from eval.encoding import Encoder, encode, own_encoder, padded, read_mask
 
 
 class PromptState(Protocol):
@@ -47,12 +47,15 @@ def _hidden(visible: Tensor, past: int) -> Tensor:
 class T5State:
     """Prompts read by a T5: the encoder has run once, and each step reads its output, or keys and values made of it."""
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int, *, encoder: Encoder) -> None:
+    def __init__(
+        self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int, *, encoder: Encoder | None = None
+    ) -> None:
+        """`encoder`: what reads the prompts; the model's own way by default."""
         device = model.get_input_embeddings().weight.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.model = model
         self.mask = read_mask(lengths, int(lengths.max()))
-        self.encoded = encode(encoder, prompts, pad_id, device)
+        self.encoded = encode(encoder or own_encoder(model), prompts, pad_id, device)
         # Not left to the model, which copies its configuration for each.
         self.cache: Any = EncoderDecoderCache(DynamicCache(), DynamicCache())
         start = lengths.new_full((len(prompts),), model.config.decoder_start_token_id)

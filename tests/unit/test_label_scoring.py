@@ -1,5 +1,6 @@
 """Label scoring in one packed forward against the plain sum, one option of one row at a time."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,6 +14,11 @@ from eval import label_scoring
 from eval.label_scoring import option_trees
 
 LABELS = ["Moss", "Moss or fern", "Moss or oak", "oats", "The old oak by the northern wall", "wall"]
+
+
+def exact_model(family: str) -> Any:
+    """The random model in float64: its attention magnifies float32's rounding, in which two ways of reading differ."""
+    return copy.deepcopy(random_model(family)).double()
 
 
 def naive_scores(model: Any, family: str, prompt: tuple[int, ...], option: tuple[int, ...]) -> float:
@@ -37,17 +43,14 @@ def check_against_naive(model: Any, family: str, options: list[tuple[int, ...]],
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_scores_are_those_of_one_option_at_a_time(family: str, attention: str) -> None:
-    model, tokenizer = random_model(family), tokenizer_of(family)
+    model, tokenizer = exact_model(family), tokenizer_of(family)
     model.set_attn_implementation(attention)
-    try:
-        check_against_naive(model, family, [*option_ids(tokenizer, LABELS), (tokenizer.eos_token_id,)])
-    finally:
-        model.set_attn_implementation("sdpa")
+    check_against_naive(model, family, [*option_ids(tokenizer, LABELS), (tokenizer.eos_token_id,)])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_options_that_exceed_one_forward_are_scored_in_several(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = random_model(family), tokenizer_of(family)
+    model, tokenizer = exact_model(family), tokenizer_of(family)
     monkeypatch.setattr(label_scoring, "LOGITS_PER_FORWARD", 7 * 3 * model.config.vocab_size)
     options = option_ids(tokenizer, LABELS)
     assert len(option_trees(options, max_nodes=7)) > 1
