@@ -120,7 +120,8 @@ def _is_plain(part: nn.Module) -> bool:
     """Whether a module of an encoder is transformers' own, of float32 on a CPU, and nobody watches it."""
     known = type(part) in PARTS or (isinstance(part, nn.Linear) and getattr(part, "is_product", False))
     changed = part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
-    return known and not changed and all(map(_is_float, part.parameters(recurse=False)))
+    biased = getattr(part, "bias", None) is not None
+    return known and not changed and not biased and all(map(_is_float, part.parameters(recurse=False)))
 
 
 def _is_float(weight: Tensor) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerCrossAttention
 
-from pipeline.frozen_linear import is_plain
+from pipeline.frozen_linear import FrozenLinear
 
 
 class DirectCrossAttention(T5Attention):
@@ -34,7 +34,7 @@ class DirectCrossAttention(T5Attention):
         # A query costs its head a product with [c, d] for keys and for values, a prompt token one c-th of that.
         few = 2 * hidden_states.shape[1] <= self.key_value_proj_dim
         mask = others.get("mask")  # additive where another attention than torch's is in use
-        plain = is_plain(self.k) and is_plain(self.v) and (mask is None or mask.dtype == torch.bool)
+        plain = _plain(self.k) and _plain(self.v) and (mask is None or mask.dtype == torch.bool)
         return few and not cached and plain and torch.is_inference_mode_enabled()
 
     def _read(self, x: Tensor, encoded: Tensor, mask: Tensor | None) -> Tensor:
@@ -51,6 +51,12 @@ class DirectCrossAttention(T5Attention):
         value = torch.einsum("bhsd,hcd->bshc", read, self.v.weight.view(*heads, -1))
         output: Tensor = self.o(value.flatten(2))
         return output
+
+
+def _plain(layer: nn.Module) -> bool:
+    """Whether its output is its weight's product and nothing else, and nobody watches."""
+    watched = layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) in (nn.Linear, FrozenLinear) and getattr(layer, "bias", None) is None and not watched
 
 
 def read_directly(model: nn.Module) -> None:

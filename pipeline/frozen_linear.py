@@ -49,17 +49,6 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return product
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether its output is its weight's product and nothing else, and nobody watches."""
-    watched = layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) in (nn.Linear, FrozenLinear) and getattr(layer, "bias", None) is None and not watched
-
-
 class _Product(torch.autograd.Function):
     """`x W^T`; W gets no gradient."""
 
@@ -72,3 +61,8 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (weight,) = ctx.saved_tensors
         return _onednn(gradients[0], weight.mT), None
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return product

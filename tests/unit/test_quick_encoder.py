@@ -128,7 +128,11 @@ def _quantized(encoder: Any) -> None:
     encoder.block[1].layer[1].DenseReluDense.wi.weight.data = torch.zeros(40, 24, dtype=torch.int8)
 
 
-CHANGES = (_hook, _pre_hook, _wrapped, _rebound, _prompted, _other_class, _scattered, _quantized)
+def _biased(encoder: Any) -> None:
+    encoder.block[0].layer[0].SelfAttention.k.bias = nn.Parameter(torch.ones(40), requires_grad=False)
+
+
+CHANGES = (_biased, _hook, _pre_hook, _wrapped, _rebound, _prompted, _other_class, _scattered, _quantized)
 
 
 @needs_x86
